@@ -1,0 +1,34 @@
+# Every target sets up what it needs; an environment that is already right costs a moment.
+PYTHON ?= python3
+VENV := .venv
+VLLM ?= 0.31.0
+CONTRACT_VENV := .venv-$(basename $(VLLM))
+
+.PHONY: help setup demo test lint contract clean
+
+help:
+	@echo "make demo                   run EchoKV on a CPU: train, serve, compare"
+	@echo "make test                   ruff, mypy and the tests that need no GPU"
+	@echo "make contract VLLM=0.31.0   tests/contract against another vLLM (0.31.0, 0.33.0)"
+	@echo "make lint                   ruff and mypy only"
+	@echo "make clean                  remove the environments and caches"
+
+setup:
+	$(PYTHON) requirements/install_cpu.py --venv $(VENV)
+
+demo: setup
+	$(VENV)/bin/echokv demo
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/pytest -m "not gpu and not nightly"
+
+contract:
+	$(PYTHON) requirements/install_cpu.py --venv $(CONTRACT_VENV) --vllm $(VLLM)
+	$(CONTRACT_VENV)/bin/pytest tests/contract
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
