@@ -1,0 +1,1 @@
+"""The `echokv` command."""

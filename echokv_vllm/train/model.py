@@ -1,0 +1,107 @@
+"""Loads the base model of a training run and explains what it cannot use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def load_config(model: str) -> Any:
+    """Config of a model folder or repo id.
+
+    Raises:
+        ValueError: If there is no such model or its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {model!r} has no readable config ({_one_line(error)}); give a Hugging Face "
+            "model folder or repo id"
+        ) from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """Tokenizer of a model folder or repo id.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {model!r} has no readable tokenizer ({_one_line(error)}); put the tokenizer "
+            "files beside the weights"
+        ) from error
+
+
+def load_model(model: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Causal LM in eval mode on `device`.
+
+    Raises:
+        ValueError: If the weights are missing, damaged or incomplete.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # A pair because of output_loading_info; the annotation of transformers leaves that out.
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # RuntimeError: tensors of the wrong shape.
+        raise ValueError(
+            f"the weights of model {model!r} cannot be read ({_one_line(error)}); fetch it again"
+        ) from error
+    loaded, info = result
+    # transformers fills absent weights with random numbers and only warns.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"model {model!r} lacks {len(missing)} weights, for example {missing[0]}; fetch it "
+            "again"
+        )
+    return loaded.to(device).eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """Device of an option value.
+
+    Raises:
+        ValueError: If it is no CPU or CUDA device of this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use device=cpu or install a torch build for your GPU"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, hf_config: Any) -> torch.dtype:
+    """Dtype of an option value: `auto` is float32 on the CPU and the model's own on CUDA."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        stored = getattr(hf_config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
