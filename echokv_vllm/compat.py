@@ -1,0 +1,266 @@
+"""Every vLLM name outside its public API that EchoKV relies on, and every patch.
+
+Reference: vLLM 0.32; 0.31 and 0.33 pass the same contract tests (tests/contract). A missing
+hook is an error that names it, raised when the backend is used: vLLM loads plugins in every
+process, also for users of other backends, and must not fail there.
+
+Each patch says symptom, cause and removal condition, and is applied once per process.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import logging
+from typing import Any
+
+BACKEND = "ECHOKV"
+BACKEND_PATH = "echokv_vllm.worker.backend.EchoKVBackend"
+TESTED_VERSIONS = ("0.31", "0.32", "0.33")
+
+# What it takes to make the backend's name known.
+NAME_HOOKS = (
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum",
+    "vllm.v1.attention.backends.registry:register_backend",
+)
+HOOKS = (
+    *NAME_HOOKS,
+    "vllm.v1.attention.backend:AttentionBackend.customize_spec",
+    "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts",
+    "vllm.v1.attention.backend:AttentionImplBase.process_weights_after_loading",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+    "vllm.v1.kv_cache_interface:FullAttentionSpec",
+    "vllm.v1.kv_cache_interface:AttentionSpec",
+    "vllm.v1.kv_cache_interface:KVCacheLayout.BLHNC",
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.new_step_starts",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.remove_skipped_blocks",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.add_local_computed_blocks",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free",
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+    "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.exceptions:VLLMClientError",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.bind_kv_cache",
+    "vllm.model_executor.models.utils:extract_layer_index",
+)
+
+logger = logging.getLogger("vllm.echokv")
+
+
+class UnsupportedVllmError(RuntimeError):
+    """This vLLM lacks something EchoKV is built on."""
+
+
+def missing_hooks() -> list[str]:
+    """The entries of :data:`HOOKS` this vLLM does not have."""
+    return [hook for hook in HOOKS if not _exists(hook)]
+
+
+def _exists(hook: str) -> bool:
+    module_name, _, path = hook.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ImportError:
+        return False
+    for name in path.split("."):
+        if not hasattr(target, name):
+            return False
+        target = getattr(target, name)
+    return True
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM."""
+    return str(importlib.import_module("vllm").__version__)
+
+
+def is_tested(version: str) -> bool:
+    """Whether the contract tests were run against this version's minor release."""
+    return ".".join(version.split(".")[:2]) in TESTED_VERSIONS
+
+
+def require_supported() -> None:
+    """Called when the backend is used.
+
+    Raises:
+        UnsupportedVllmError: A hook is missing.
+    """
+    version = vllm_version()
+    tested = ", ".join(TESTED_VERSIONS)
+    missing = missing_hooks()
+    if missing:
+        raise UnsupportedVllmError(
+            f"vLLM {version} lacks {', '.join(missing)}, which EchoKV needs. Install a tested "
+            f"vLLM ({tested}), or an EchoKV release for this one."
+        )
+    if not is_tested(version):
+        logger.warning(
+            "EchoKV was tested with vLLM %s, not with %s. Every hook it needs is present; run "
+            "its contract tests before you rely on it.", tested, version,
+        )  # fmt: skip
+
+
+def register_backend_name() -> None:
+    """Makes ``--attention-backend echokv`` a known value."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND in AttentionBackendEnum.__members__:
+        return
+    if hasattr(AttentionBackendEnum, "register"):
+        register_backend(BACKEND, BACKEND_PATH)
+    else:
+        # vLLM 0.31 cannot add members; a second name for its CUSTOM member does the same
+        # and pickles as CUSTOM. Remove with 0.31.
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+        AttentionBackendEnum._member_map_[BACKEND] = AttentionBackendEnum.CUSTOM
+    # Symptom: spawned engine processes die with "not a valid AttentionBackendEnum".
+    # Cause: the config is pickled by value and unpickled before plugins are loaded there.
+    # Pickled as a call into this module, the member registers itself on arrival.
+    # Remove when vLLM pickles registered backends by name.
+    copyreg.pickle(AttentionBackendEnum, _reduce_member)
+
+
+def _reduce_member(member: Any) -> tuple[Any, tuple[Any, ...]]:
+    if member.name == BACKEND:
+        return _restore_member, ()
+    return type(member), (member.value,)
+
+
+def _restore_member() -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from echokv_vllm.plugin import register
+
+    register()
+    return AttentionBackendEnum[BACKEND]
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether a server's configuration names the echokv backend."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    backend = getattr(vllm_config.attention_config, "backend", None)
+    return backend is not None and backend is AttentionBackendEnum.__members__.get(BACKEND)
+
+
+def _patched(owner: type, name: str) -> bool:
+    """Whether a method is already wrapped by us, for re-entrant registration."""
+    return hasattr(getattr(owner, name), "_echokv")
+
+
+def patch_cpu_platform() -> None:
+    """CPU only. Symptom: ``--attention-backend echokv`` is ignored. Cause: the CPU platform
+    returns its own backend whatever is asked; the CUDA one honours the choice. Remove when
+    the CPU platform does."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if _patched(CpuPlatform, "get_attn_backend_cls"):
+        return
+    original = CpuPlatform.get_attn_backend_cls.__func__
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if selected_backend is AttentionBackendEnum.__members__[BACKEND]:
+            from echokv_vllm.worker.refusals import check_attention_type
+
+            check_attention_type(attn_selector_config)
+            return BACKEND_PATH
+        return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+
+    get_attn_backend_cls._echokv = True  # type: ignore[attr-defined]
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def patch_scheduler() -> None:
+    """Symptom: KV cache managers cannot know a request's mode. Cause: vLLM hands them
+    request ids only. Remove when managers see the request."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if _patched(Scheduler, "add_request"):
+        return
+    original = Scheduler.add_request
+
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from echokv_vllm.scheduler.link import find_link
+
+        link = find_link(self.kv_cache_manager.block_pool)
+        if link is not None:
+            mode = requested_mode(request.sampling_params)
+            if mode is not None:
+                link.request_mode(request, mode)
+            if not link.strict and (mode or link.default_mode) == "full":
+                # Shared blocks may be inexact, and a full-mode answer must not be.
+                request.skip_reading_prefix_cache = True
+        return original(self, request, *args, **kwargs)
+
+    add_request._echokv = True  # type: ignore[attr-defined]
+    Scheduler.add_request = add_request
+
+
+def patch_input_processor() -> None:
+    """Symptom: a bad mode would only be noticed in the engine process, where an error ends
+    the server. Cause: vLLM does not let plugins check request parameters. Remove when it
+    does."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from echokv_vllm.config import EchoConfigError
+
+    if _patched(InputProcessor, "process_inputs"):
+        return
+    original = InputProcessor.process_inputs
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: Any, request_id: Any, prompt: Any, params: Any, *a: Any, **k: Any
+    ) -> Any:
+        if is_selected(self.vllm_config):
+            try:
+                requested_mode(params)
+            except EchoConfigError as error:
+                raise _as_client_error(error) from None
+        return original(self, request_id, prompt, params, *a, **k)
+
+    process_inputs._echokv = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def _as_client_error(error: ValueError) -> Exception:
+    """The same error as one that vLLM answers with HTTP 400; any other ends as a bare 500.
+
+    It stays an EchoConfigError, and so a ValueError, for callers in the same process.
+    """
+    from vllm.exceptions import VLLMClientError
+
+    class BadRequest(VLLMClientError, type(error)):  # type: ignore[misc]
+        pass
+
+    BadRequest.__name__ = BadRequest.__qualname__ = type(error).__name__
+    return BadRequest(str(error))
+
+
+def requested_mode(params: Any) -> str | None:
+    """The mode in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``, if any.
+
+    Raises:
+        EchoConfigError: Not an allowed mode.
+    """
+    from echokv_vllm.config import check_mode
+
+    mode = (getattr(params, "extra_args", None) or {}).get("echokv")
+    if mode is None:
+        return None
+    return check_mode(mode, "The request parameter vllm_xargs.echokv")

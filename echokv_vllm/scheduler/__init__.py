@@ -1,0 +1,1 @@
+"""Scheduler side: two KV cache managers over one block pool, and the pressure policy."""

@@ -1,0 +1,56 @@
+"""Manager of group R: the retained heads of every token of every request.
+
+R behaves like vLLM's full attention group. What is added: the D manager learns how many
+pages R needs (the two draw on one pool), and inexact blocks are not published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from echokv_vllm.scheduler.link import link_of
+
+
+class EchoRetainedManager(FullAttentionManager):
+    """See the module docstring. Arguments are vLLM's."""
+
+    # A hit must end on a block boundary of both groups; half a block of one is no use.
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, kv_cache_spec: Any, block_pool: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, block_pool, *args, **kwargs)
+        self.link = link_of(block_pool)
+        self.link.retained = self
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """vLLM's count, noted down for the D manager, which is asked next."""
+        need = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        self.link.retained_need = (request_id, need)
+        self.link.retained_hits = frozenset(block.block_id for block in new_computed_blocks)
+        return int(need)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Publishes blocks up to the first token that was computed inexactly.
+
+        K/V computed while attending to rebuilt heads differ from exact K/V; a request in
+        full mode must never adopt them.
+        """
+        assert self.link.residual is not None, "echokv: group R without group D"
+        limit = self.link.residual.publishable_tokens(request.request_id)
+        super().cache_blocks(request, min(num_tokens, limit), *args, **kwargs)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Cascade attention is not used (abstract in vLLM 0.31)."""
+        return 0
