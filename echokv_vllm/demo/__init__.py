@@ -1,0 +1,1 @@
+"""``echokv demo``: a real server, real requests, and what each mode costs."""
