@@ -15,9 +15,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="serve a tiny model with EchoKV and print what each mode costs",
-        description="Starts `vllm serve` with EchoKV on a tiny model, asks needle questions in full "
-        "and compressed mode, sends a burst that exceeds the KV pool, and repeats the burst on "
-        "stock vLLM with a pool of the same size.",
+        description="Starts `vllm serve` with EchoKV on a tiny model, asks needle questions in "
+        "full and compressed mode, sends a burst that exceeds the KV pool, and repeats the burst "
+        "on stock vLLM with a pool of the same size.",
     )
     parser.add_argument("--model", default=None, metavar="DIR", help=f"model (default: {EXAMPLE})")
     parser.add_argument("--checkpoint", default=None, metavar="DIR", help="its EchoKV checkpoint")

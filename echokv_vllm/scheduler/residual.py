@@ -118,6 +118,8 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         """
         ledger = self.ledger(request_id)
         running = request_id in self.num_cached_block
+        if running and not self.link.retained_need[1] and self._covers(request_id, num_tokens):
+            return 0  # most decode steps
         hits = (list(new_computed_blocks), num_local_computed_tokens)
 
         def need() -> int:
@@ -142,6 +144,9 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         if not running and shortfall() > 0:
             ledger.undecided = True  # vLLM will say no; the next attempt decides anew
         return num_pages
+
+    def _covers(self, request_id: str, num_tokens: int) -> bool:
+        return num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size
 
     def _admit(self, request_id: str, ledger: RequestLedger, need: Any) -> None:
         ledger.undecided = False

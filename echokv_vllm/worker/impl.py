@@ -12,15 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
 from echokv_kernels.attention import fresh_attention, paged_attention
 from echokv_kernels.decode import absorbed_decode
 from echokv_kernels.reconstruct import rebuilt_attention
 from echokv_kernels.softmax import merge_attention
 from echokv_kernels.store import write_pages
-from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
-
 from echokv_vllm.worker.backend import EchoMetadata
 from echokv_vllm.worker.rank_plan import RankLayer
 from echokv_vllm.worker.refusals import check_layer, check_vllm_config

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from echokv_kernels.store import exact_pages, stamp_owners
 from echokv_kernels.tiles import QueryTiles, split_queries
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from echokv_kernels.layout import PlanLayout, solve_block_sizes
-from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from echokv_kernels.layout import PlanLayout, solve_block_sizes
+from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.config import EchoConfig, SchedulerSettings
 from echokv_vllm.fingerprint import ModelFingerprint

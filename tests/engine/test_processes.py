@@ -1,0 +1,108 @@
+"""Engines in processes of their own: spawned engine core, pipeline and tensor parallelism.
+
+The registered backend is pickled into every process, every rank stamps its own pages, and a
+tensor-parallel rank serves its own shard of the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine, generate, tokens
+
+SCRIPT = Path(__file__).parents[1] / "support" / "generate_tokens.py"
+LENGTHS = (5, 48, 130, 300)
+POOL = {"num_gpu_blocks_override": 46, "max_model_len": 352, "enable_prefix_caching": False}
+
+pytestmark = pytest.mark.slow
+
+
+def in_processes(
+    folder: Path, model: Path, checkpoint: Path | None, mode: str, prompts: list[list[int]],
+    modes: list[str | None] | None = None, **options: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Greedy tokens of an engine whose core and workers are separate processes."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({
+        "model": str(model), "checkpoint": checkpoint and str(checkpoint),
+        "echokv": {"mode": mode}, "options": {**POOL, **options}, "prompts": prompts,
+        "modes": modes, "max_tokens": 24,
+    }))  # fmt: skip
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    if ranks := options.get("tensor_parallel_size", options.get("pipeline_parallel_size", 1)) - 1:
+        # vLLM binds one worker per group of cores and cannot find the groups by itself.
+        cores = sorted(os.sched_getaffinity(0))
+        assert len(cores) > ranks, "the caller skips machines with fewer cores than ranks"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[: ranks + 1]))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, job], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return json.loads(Path(f"{job}.out").read_text())
+
+
+@pytest.fixture(scope="module")
+def prompts(prompt_of: Callable[..., list[int]]) -> list[list[int]]:
+    return [prompt_of(length) for length in LENGTHS]
+
+
+def in_process(
+    model: Path, checkpoint: Path, mode: str, prompts: list[list[int]], modes: Any = None
+) -> list[list[int]]:
+    """The same in this process."""
+    with engine(model, checkpoint, {"mode": mode}, **POOL) as llm:
+        return tokens(generate(llm, prompts, modes, max_tokens=24))
+
+
+def test_a_spawned_engine_answers_like_one_in_process(
+    tmp_path: Path, model_of: Callable[..., Path], checkpoint_of: Callable[..., Path],
+    prompts: list[list[int]],
+) -> None:  # fmt: skip
+    model = model_of()
+    folder = checkpoint_of(model)
+    modes = ["full", "compressed", "compressed", "compressed"]
+    spawned = in_processes(tmp_path, model, folder, "auto", prompts, modes)
+    assert spawned == in_process(model, folder, "auto", prompts, modes)
+    assert spawned != in_process(model, folder, "full", prompts, None)
+
+
+@pytest.fixture
+def two_cores() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two cores")
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("mode", ["full", "compressed"])
+def test_tensor_parallel_ranks_serve_their_shards(
+    mode: str, tmp_path: Path, model_of: Callable[..., Path], checkpoint_of: Callable[..., Path],
+    prompts: list[list[int]],
+) -> None:  # fmt: skip
+    model = model_of()
+    folder = checkpoint_of(model, shards=2)
+    two_ranks = in_processes(tmp_path, model, folder, mode, prompts, tensor_parallel_size=2)
+    assert two_ranks == in_process(model, folder, mode, prompts)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("mode", ["full", "compressed"])
+def test_pipeline_stages_rebuild_their_own_layers(
+    mode: str, tmp_path: Path, model_of: Callable[..., Path], checkpoint_of: Callable[..., Path],
+    prompts: list[list[int]],
+) -> None:  # fmt: skip
+    model = model_of()
+    folder = checkpoint_of(model)
+    # Compiled: vLLM's CPU warm-up cannot run the second stage eagerly.
+    two_stages = in_processes(
+        tmp_path, model, folder, mode, prompts, pipeline_parallel_size=2, enforce_eager=False
+    )
+    assert two_stages == in_process(model, folder, mode, prompts)

@@ -1,0 +1,97 @@
+"""Error table, vLLM versions: a missing hook stops who selects the backend, and nobody else."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from echokv_vllm import compat, plugin
+
+GONE = "vllm.v1.core.block_pool:BlockPool.no_such_method"
+
+
+@pytest.fixture
+def messages():
+    """Log records of EchoKV; vLLM's logger does not hand them on to pytest's."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    compat.logger.addHandler(handler)
+    yield records
+    compat.logger.removeHandler(handler)
+
+
+def test_this_version_has_every_hook(messages):
+    compat.require_supported()
+    assert messages == []
+
+
+def test_missing_hook_is_named(monkeypatch):
+    monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, GONE, "vllm.no_module:x"))
+    with pytest.raises(compat.UnsupportedVllmError) as caught:
+        compat.require_supported()
+    message = str(caught.value)
+    assert f"lacks {GONE}, vllm.no_module:x" in message
+    assert compat.vllm_version() in message
+    assert "Install a tested vLLM (0.31, 0.32, 0.33)" in message
+
+
+def test_untested_version_warns_and_goes_on(monkeypatch, messages):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.1")
+    compat.require_supported()
+    (message,) = messages
+    assert "0.31, 0.32, 0.33" in message and "0.99.1" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.1.dev3+cpu", True), ("0.34.0", False), ("0.3.2", False)],
+)
+def test_minor_release_counts(version, tested):
+    assert compat.is_tested(version) is tested
+
+
+def test_plugin_without_the_name_hooks_only_warns(monkeypatch, messages):
+    monkeypatch.setattr(compat, "missing_hooks", lambda: [compat.NAME_HOOKS[1]])
+    monkeypatch.setattr(
+        compat, "register_backend_name", lambda: pytest.fail("cannot be registered")
+    )
+    plugin.register()
+    (message,) = messages
+    assert compat.NAME_HOOKS[1] in message
+
+
+@pytest.mark.slow
+def test_other_backends_are_undisturbed_and_selecting_ours_names_the_hook():
+    """T24: an exception in a plugin would end every vLLM command at argument parsing."""
+    script = f"""
+from echokv_vllm import compat
+compat.HOOKS += ({GONE!r},)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+import torch
+assert not hasattr(Scheduler.add_request, "_echokv"), "patched a vLLM that does not fit"
+config = AttentionSelectorConfig(
+    head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=16
+)
+other = AttentionBackendEnum["CPU_ATTN"]
+print("other:", current_platform.get_attn_backend_cls(other, config))
+try:
+    path = current_platform.get_attn_backend_cls(AttentionBackendEnum["ECHOKV"], config)
+except compat.UnsupportedVllmError as error:
+    print("ours:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "other: vllm." in done.stdout
+    assert f"lacks {GONE}" in done.stdout.split("ours:")[1]
+    assert f"lacks {GONE}; --attention-backend echokv is not available" in done.stdout + done.stderr
