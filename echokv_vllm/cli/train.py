@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = TrainOptions(**{f.name: getattr(arguments, f.name) for f in fields(TrainOptions)})
     from echokv_vllm.train import train
 
-    result = train(options, command=shlex.join(sys.argv))
+    result = train(options, command=shlex.join(["echokv", *sys.argv[1:]]))
     if options.progress:
         print(result.report)
     print(
