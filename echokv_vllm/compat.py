@@ -13,6 +13,7 @@ import copyreg
 import functools
 import importlib
 import logging
+import weakref
 from typing import Any
 
 BACKEND = "ECHOKV"
@@ -222,20 +223,48 @@ def patch_input_processor() -> None:
     if _patched(InputProcessor, "process_inputs"):
         return
     original = InputProcessor.process_inputs
+    limits: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     @functools.wraps(original)
     def process_inputs(
         self: Any, request_id: Any, prompt: Any, params: Any, *a: Any, **k: Any
     ) -> Any:
-        if is_selected(self.vllm_config):
-            try:
-                requested_mode(params)
-            except EchoConfigError as error:
-                raise _as_client_error(error) from None
-        return original(self, request_id, prompt, params, *a, **k)
+        if not is_selected(self.vllm_config):
+            return original(self, request_id, prompt, params, *a, **k)
+        try:
+            mode = requested_mode(params)
+            request = original(self, request_id, prompt, params, *a, **k)
+            if mode == "full":
+                _check_length(self.vllm_config, limits.setdefault(self, {}), request)
+        except EchoConfigError as error:
+            raise _as_client_error(error) from None
+        return request
 
     process_inputs._echokv = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+def _check_length(vllm_config: Any, cache: dict[str, Any], request: Any) -> None:
+    """Refuses a request pinned to full mode that the pool can never hold.
+
+    Args:
+        vllm_config: The server's configuration.
+        cache: Keeps the limit between calls.
+        request: vLLM's EngineCoreRequest, its sampling parameters complete.
+
+    Raises:
+        EchoConfigError: The request is too long.
+    """
+    from echokv_vllm.limits import full_mode_limit
+
+    if "limit" not in cache:
+        cache["limit"] = full_mode_limit(vllm_config)
+    max_model_len = vllm_config.model_config.max_model_len
+    prompt_len = len(request.prompt_token_ids or ())
+    max_tokens = request.sampling_params.max_tokens
+    cache["limit"].check(
+        prompt_len, max_model_len if max_tokens is None else max_tokens, max_model_len
+    )
 
 
 def _as_client_error(error: ValueError) -> Exception:

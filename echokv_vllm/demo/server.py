@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import httpx
 
-START_TIMEOUT = 300.0  # seconds; a cold import of vLLM in three processes on a small machine
+START_TIMEOUT = 600.0  # seconds; a cold import of vLLM in three processes on a small machine
 STOP_TIMEOUT = 20.0  # seconds
 
 
@@ -40,8 +41,8 @@ class Server:
         options: Command-line options, ``max_model_len=2048`` for ``--max-model-len 2048``.
 
     Raises:
-        ServerError: Not healthy within :data:`START_TIMEOUT`; the message ends with the last
-            lines of the log.
+        ServerError: Not healthy within :data:`START_TIMEOUT`; the message names the log and the
+            errors in it.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        # On a CPU, vLLM would claim nearly all memory before it looks at the block count.
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("wb") as log:
             # A session of its own: the server starts processes that must all end with it.
             self._process = subprocess.Popen(
@@ -89,18 +91,20 @@ class Server:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerError(f"the server ended at start-up:\n{self.log_tail()}")
+                raise ServerError(f"the server ended at start-up ({self.log}): {self.causes()}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass  # not listening yet
             time.sleep(0.5)
-        raise ServerError(f"no answer within {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
+        raise ServerError(f"no answer within {START_TIMEOUT:.0f} s ({self.log}): {self.causes()}")
 
-    def log_tail(self, num_lines: int = 15) -> str:
-        """The last lines of the server's output."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
+    def causes(self) -> str:
+        """The errors named in the server's output; its last lines where none is."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        named = [line for line in lines if re.search(r"\b\w+Error: ", line)]
+        return "\n".join(named or lines[-10:])
 
     def metrics(self) -> dict[str, float]:
         """``/metrics`` as name -> value, summed over labels."""

@@ -102,11 +102,15 @@ class Traffic:
     jobs: dict[str, Job] = field(default_factory=dict)
 
     def arrive(self, seed: int, prefixes: list[list[int]]) -> Job:
-        """Another request: shared or own beginning, any mode, any length."""
+        """Another request: any mode and length; its beginning is shared, own, or a whole earlier
+        conversation."""
         source = self.source
         prompt = source.choice(prefixes) if source.random() < 0.6 else []
         prompt = prompt[: source.randint(1, 160)]
-        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 60))]
+        if self.jobs and source.random() < 0.4:
+            earlier = self.jobs[source.choice(list(self.jobs))]
+            prompt = (earlier.prompt + (earlier.output or []))[:180]
+        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 40))]
         job = Job(
             f"{seed}-{len(self.jobs)}", prompt, source.choice((None, None, *MODES)),
             source.choice((1, 12, 36, 36)),
@@ -225,7 +229,7 @@ def fuzz(
         preempt = scheduler._preempt_request
         monkeypatch.setattr(
             scheduler, "_preempt_request",
-            lambda request, *a, **k: (preemptions.append(request.request_id), preempt(request, *a, **k)),
+            lambda *a, **k: (preemptions.append(a[0].request_id), preempt(*a, **k)),
         )  # fmt: skip
         for seed in seeds:
             print(f"seed {seed} of {server}: replay with fuzz(..., range({seed}, {seed + 1}), ...)")
@@ -234,8 +238,9 @@ def fuzz(
     monkeypatch.undo()
     num_ties = check_against_stock(model, jobs)
     print(
-        f"{len(jobs)} requests, {sum(job.aborted for job in jobs)} aborted, {shadow.num_steps} steps, "
-        f"{shadow.num_accepted} accepted token reads, {shadow.num_stale} stale entries rejected, "
+        f"{len(jobs)} requests, {sum(job.aborted for job in jobs)} aborted, "
+        f"{shadow.num_steps} steps, {shadow.num_accepted} accepted token reads, "
+        f"{shadow.num_stale} stale entries rejected, "
         f"{len(preemptions)} preemptions, {num_ties} ties, {counters}"
     )
     # Without these events the run would prove nothing.

@@ -1,184 +1,32 @@
 """The two KV cache managers inside vLLM's real KVCacheManager, without a model.
 
-``World`` runs the allocation part of vLLM's scheduling loop over real requests, and a symbolic
-worker that follows ``echokv_kernels.store``: instead of keys and values a page holds the name of
-the token prefix that was written and whether it was computed exactly. A page that is read for
-the wrong token, or a pinned request that sees one inexact token, raises at once.
+``World`` runs the allocation part of vLLM's scheduling loop over real requests, has a symbolic
+worker execute the steps, and checks the books after every pass.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter, deque
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from echo_pool import kv_cache_manager, settings
+from symbolic_worker import Page, Step, SymbolicWorker
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.scheduler.link import find_link
-from echokv_vllm.specs import EchoResidualSpec, EchoRetainedSpec
 
 init_none_hash(sha256)
-
-
-def settings(**changes: Any) -> SchedulerSettings:
-    """Settings of a pool with pages of 4 tokens, small enough to reason about."""
-    values: dict[str, Any] = dict(
-        mode="auto", recent_tokens=8, admit_full_below=1.0, restore_below=0.5, restore_steps=4,
-        strict=True, watermark=0.0, retained_block_size=4, residual_block_size=4, plan="local-0.5",
-        ratio=0.5,
-    )  # fmt: skip
-    return SchedulerSettings(**{**values, **changes})
-
-
-def kv_cache_manager(
-    num_blocks: int, echo: SchedulerSettings, caching: bool = True, max_model_len: int = 4096
-) -> KVCacheManager:
-    """vLLM's manager over an R and a D group, R first."""
-    text = echo.to_json()
-    common: dict[str, Any] = dict(
-        num_kv_heads=2, head_size=8, dtype=torch.float32, echo_settings=text
-    )
-    sizes = (echo.retained_block_size, echo.residual_block_size)
-    groups = [
-        KVCacheGroupSpec(["r"], EchoRetainedSpec(block_size=sizes[0], **common)),
-        KVCacheGroupSpec(["d"], EchoResidualSpec(block_size=sizes[1], **common)),
-    ]
-    return KVCacheManager(
-        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
-        max_model_len=max_model_len,
-        scheduler_block_size=_lcm(*sizes),
-        hash_block_size=_gcd(*sizes),
-        enable_caching=caching,
-        watermark=echo.watermark,
-    )
-
-
-def _gcd(a: int, b: int) -> int:
-    return a if not b else _gcd(b, a % b)
-
-
-def _lcm(a: int, b: int) -> int:
-    return a * b // _gcd(a, b)
 
 
 def _next_token(names: list[int]) -> int:
     """Depends on the prefix only, as greedy decoding does."""
     return names[-1] % 50
-
-
-@dataclass
-class Page:
-    """What one page holds: its group, and per offset the prefix's name and exactness."""
-
-    group: str = ""
-    names: dict[int, int] = field(default_factory=dict)
-    exact: dict[int, bool] = field(default_factory=dict)
-
-
-@dataclass
-class Step:
-    """Work of one scheduling pass: (request, first token, number of tokens, R row, D row)."""
-
-    parts: list[tuple[Request, int, int, list[int], list[int]]] = field(default_factory=list)
-
-
-class SymbolicWorker:
-    """Executes steps on symbolic pages; see the module docstring.
-
-    Attributes:
-        num_accepted: Residual tokens read from exact pages.
-        num_stale: Table entries rejected by their stamp.
-    """
-
-    def __init__(self, world: World, num_blocks: int) -> None:
-        self.world = world
-        self.pages = [Page() for _ in range(num_blocks)]
-        self.owner = [-1] * num_blocks
-        self.num_accepted = 0
-        self.num_stale = 0
-
-    def run(self, step: Step) -> None:
-        """One forward pass: stamps, then writes, then reads in scheduling order."""
-        for part in step.parts:
-            self._stamp(*part[1:])
-        for part in step.parts:
-            self._write(*part)
-        for request, start, count, r_row, d_row in step.parts:
-            exact = self._read(request, start, r_row, d_row)
-            for group, size, row in self._groups(r_row, d_row):
-                for token in range(start, start + count):
-                    page = row[token // size]
-                    if group == "r" or page:
-                        self.pages[page].exact[token % size] = exact
-            if not exact:
-                assert not self.world.is_pinned(request), (
-                    f"{request.request_id}: token {start} of a pinned request is inexact"
-                )
-
-    def _groups(self, r_row: list[int], d_row: list[int]) -> list[tuple[str, int, list[int]]]:
-        return [("r", self.world.r_size, r_row), ("d", self.world.d_size, d_row)]
-
-    def _stamp(self, start: int, count: int, r_row: list[int], d_row: list[int]) -> None:
-        r_size, d_size = self.world.r_size, self.world.d_size
-        for token in range(start, start + count):
-            self.owner[r_row[token // r_size]] = -1
-        for token in range(start, start + count):
-            page = d_row[token // d_size]
-            if page and token % d_size == 0:
-                self.owner[page] = r_row[token // r_size] * r_size + token % r_size
-
-    def _tag(self, token: int, r_row: list[int]) -> int:
-        """The stamp that the D page of a token must carry."""
-        first = token // self.world.d_size * self.world.d_size
-        return r_row[first // self.world.r_size] * self.world.r_size + first % self.world.r_size
-
-    def _write(
-        self, request: Request, start: int, count: int, r_row: list[int], d_row: list[int]
-    ) -> None:
-        for group, size, row in self._groups(r_row, d_row):
-            for token in range(start, start + count):
-                page_id = row[token // size]
-                assert group == "d" or page_id, f"{request.request_id}: no R page for {token}"
-                if not page_id:
-                    continue
-                if group == "d":
-                    stamp = self._tag(token, r_row)
-                    assert self.owner[page_id] == stamp, f"{request.request_id}: stale D write"
-                page = self.pages[page_id]
-                if page.group != group or token % size == 0:
-                    self.pages[page_id] = page = Page(group)
-                page.names[token % size] = self.world.name(request, token)
-
-    def _read(self, request: Request, start: int, r_row: list[int], d_row: list[int]) -> bool:
-        """Reads the context of one request; whether it was complete and exact."""
-        names, r_size, d_size = self.world.names[request.request_id], *self.world.sizes
-        exact = True
-        for token in range(start):
-            page = self.pages[r_row[token // r_size]]
-            offset = token % r_size
-            assert page.group == "r" and page.names.get(offset) == names[token], (
-                f"{request.request_id}: R page of token {token} holds something else"
-            )
-            exact &= page.exact[offset]
-            page_id = d_row[token // d_size]
-            if not page_id or self.owner[page_id] != self._tag(token, r_row):
-                self.num_stale += bool(page_id) and token % d_size == 0
-                exact = False
-                continue
-            page, offset = self.pages[page_id], token % d_size
-            assert page.group == "d" and page.names.get(offset) == names[token], (
-                f"{request.request_id}: foreign D page accepted for token {token}"
-            )
-            self.num_accepted += 1
-            exact &= page.exact[offset]
-        return exact
 
 
 class World:
@@ -216,7 +64,7 @@ class World:
         self.r_size, self.d_size = self.sizes
         self.caching, self.depth, self.budget = caching, depth, budget
         self.max_running, self.gate = max_running, gate
-        self.hasher = get_request_block_hasher(_gcd(*self.sizes), sha256) if caching else None
+        self.hasher = get_request_block_hasher(math.gcd(*self.sizes), sha256) if caching else None
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.rows: dict[str, tuple[list[int], list[int]]] = {}
@@ -312,7 +160,9 @@ class World:
                     break
                 budget -= count
             index += 1
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_running:
+        while not preempted and self.waiting and budget > 0:
+            if len(self.running) == self.max_running:
+                break
             count = self._schedule_waiting(self.waiting[0], budget, step)
             if not count:
                 break
@@ -515,3 +365,19 @@ class World:
         assert not self.residual.ledgers
         assert not self.residual.num_cached_block and not self.retained.num_cached_block
         assert not self.residual.req_to_blocks and not self.retained.req_to_blocks
+
+
+def prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random tokens, the same on every call."""
+    source = random.Random(seed)
+    return [source.randrange(1000) for _ in range(num_tokens)]
+
+
+def ledger_of(world: World, request: Request) -> Any:
+    """The D manager's state of a request."""
+    return world.residual.ledgers[request.request_id]
+
+
+def held(world: World, request: Request) -> list[int]:
+    """Indices of the D pages a request holds."""
+    return [index for index, page in enumerate(world.residual_row(request)) if page]

@@ -1,0 +1,31 @@
+"""How long a request pinned to full mode may become."""
+
+import pytest
+
+from echokv_vllm.config import EchoConfigError
+from echokv_vllm.limits import FullModeLimit
+
+
+@pytest.mark.parametrize(("retained", "residual"), [(16, 16), (48, 80), (64, 48), (32, 16)])
+@pytest.mark.parametrize("num_pages", [2, 3, 53, 1000])
+def test_the_longest_request_fills_the_pool_and_one_more_token_does_not_fit(
+    retained: int, residual: int, num_pages: int
+) -> None:
+    limit = FullModeLimit(retained, residual, num_pages)
+    assert limit.pages(limit.max_tokens) <= num_pages < limit.pages(limit.max_tokens + 1)
+
+
+def test_pages_are_those_of_both_groups() -> None:
+    assert FullModeLimit(64, 48, 10).pages(65) == 2 + 2
+    assert FullModeLimit(16, 16, 10).pages(16) == 1 + 1
+
+
+def test_a_request_that_can_outgrow_the_pool_is_refused() -> None:
+    limit = FullModeLimit(16, 16, 53)
+    limit.check(400, 16, 512)
+    with pytest.raises(EchoConfigError, match=r"may reach 480 tokens.*holds 416 tokens.*auto"):
+        limit.check(400, 80, 512)
+
+
+def test_the_model_length_bounds_what_a_request_can_reach() -> None:
+    FullModeLimit(16, 16, 53).check(400, 10_000, 410)
