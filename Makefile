@@ -23,8 +23,12 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Two processes with one thread each: the tests start many small engines, which gain nothing from
+# more threads. A file stays in one process, so its engines are shared. vLLM must not pin both
+# processes to the same core.
 test: lint
-	$(VENV)/bin/pytest -m "not gpu and not nightly"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VENV)/bin/pytest -n 2 --dist loadfile -m "not gpu and not nightly"
 
 contract:
 	$(PYTHON) requirements/install_cpu.py --venv $(CONTRACT_VENV) --vllm $(VLLM)
