@@ -4,11 +4,12 @@ VENV := .venv
 VLLM ?= 0.31.0
 CONTRACT_VENV := .venv-$(basename $(VLLM))
 
-.PHONY: help setup demo test lint contract clean
+.PHONY: help setup demo test nightly lint contract clean
 
 help:
-	@echo "make demo                   run EchoKV on a CPU: train, serve, compare"
+	@echo "make demo                   serve the tiny model on a CPU and compare the modes"
 	@echo "make test                   ruff, mypy and the tests that need no GPU"
+	@echo "make nightly                the long tests: 2,000-request fuzz, reference model, processes"
 	@echo "make contract VLLM=0.31.0   tests/contract against another vLLM (0.31.0, 0.33.0)"
 	@echo "make lint                   ruff and mypy only"
 	@echo "make clean                  remove the environments and caches"
@@ -29,6 +30,10 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 		$(VENV)/bin/pytest -n 2 --dist loadfile -m "not gpu and not nightly"
+
+nightly: setup
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VENV)/bin/pytest -n 2 --dist loadfile -m "nightly and not gpu"
 
 contract:
 	$(PYTHON) requirements/install_cpu.py --venv $(CONTRACT_VENV) --vllm $(VLLM)

@@ -125,7 +125,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
     ) as server:  # fmt: skip
         for mode, num_bytes in bytes_per_token.items():
             say(f"asking {len(prompts)} needle questions in {mode} mode")
-            correct = asyncio.run(_ask(server, prompts, mode))
+            correct = asyncio.run(ask(server, prompts, mode))
             modes.append(ModeResult(mode, correct, len(prompts), num_bytes))
         say(f"sending a burst of {len(burst)} requests to a pool for {options.pool_tokens} tokens")
         bursts = [asyncio.run(_burst(server, burst, options.burst_tokens, "EchoKV, auto"))]
@@ -142,7 +142,7 @@ def _client(server: Server) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600.0, max_retries=0)
 
 
-async def _ask(server: Server, prompts: list[NeedlePrompt], mode: str) -> int:
+async def ask(server: Server, prompts: list[NeedlePrompt], mode: str) -> int:
     """Right answers, a few requests at a time so that no pressure arises."""
     gate = asyncio.Semaphore(4)
     async with _client(server) as client:

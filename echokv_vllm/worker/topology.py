@@ -8,6 +8,7 @@ all heads has R pages only; one that keeps none has D pages only.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,6 +176,13 @@ class EchoWorker:
         from echokv_vllm.worker.backend import residual_backend, retained_backend
 
         layer = self.context[name]
+        if layer.head_size != self.rotary.head_dim:
+            # Seen with Qwen2 configs that name a head_dim vLLM's model does not read.
+            raise UnsupportedModelError(
+                f"vLLM built layer {name} with heads of {layer.head_size} elements, but the "
+                f"model's config and the checkpoint say {self.rotary.head_dim}. Remove head_dim "
+                "from the config, or use another --attention-backend."
+            )
         rank_layer = self.rank_layers[extract_layer_index(name)]
         layer.impl.bind(layer, rank_layer, self._groups(layer, name, rank_layer, device))
         if not rank_layer.retained:
@@ -251,7 +259,8 @@ def _scheduler_settings(
     )
 
 
-_WORKERS: dict[int, EchoWorker] = {}
+# Weak: the layers keep their worker alive, and a process may start several engines in turn.
+_WORKERS: weakref.WeakValueDictionary[int, EchoWorker] = weakref.WeakValueDictionary()
 
 
 def worker_of(impl: EchoKVImpl) -> EchoWorker:

@@ -102,18 +102,19 @@ class Traffic:
     jobs: dict[str, Job] = field(default_factory=dict)
 
     def arrive(self, seed: int, prefixes: list[list[int]]) -> Job:
-        """Another request: any mode and length; its beginning is shared, own, or a whole earlier
-        conversation."""
+        """Another request: any mode and length; its beginning is shared, own, or a whole recent
+        conversation, which a pinned request may continue only where it was exact."""
         source = self.source
+        mode = source.choice((None, None, *MODES))
         prompt = source.choice(prefixes) if source.random() < 0.6 else []
         prompt = prompt[: source.randint(1, 160)]
-        if self.jobs and source.random() < 0.4:
-            earlier = self.jobs[source.choice(list(self.jobs))]
-            prompt = (earlier.prompt + (earlier.output or []))[:180]
-        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 40))]
+        if self.jobs and source.random() < 0.5:
+            earlier = self.jobs[source.choice(list(self.jobs)[-5:])]
+            prompt = (earlier.prompt + (earlier.output or []))[:200]
+            mode = source.choice((mode, "full"))
+        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 18))]
         job = Job(
-            f"{seed}-{len(self.jobs)}", prompt, source.choice((None, None, *MODES)),
-            source.choice((1, 12, 36, 36)),
+            f"{seed}-{len(self.jobs)}", prompt, mode, source.choice((1, 12, 36, 36))
         )  # fmt: skip
         self.jobs[job.name] = job
         return job
