@@ -271,7 +271,7 @@ def test_config_file_is_readable_json(options):
         assert json.load(file)["format"] == "echokv"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_reference_model_errors_are_those_of_the_study(shared_dir, tmp_path):
     """Closed-form errors at B=64 with long positions: K about .13, V about .22 (method.md 3, 4)."""
     result = train(
