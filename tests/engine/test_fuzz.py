@@ -103,16 +103,15 @@ class Traffic:
 
     def arrive(self, seed: int, prefixes: list[list[int]]) -> Job:
         """Another request: any mode and length; its beginning is shared, own, or a whole recent
-        conversation, which a pinned request may continue only where it was exact."""
+        conversation."""
         source = self.source
         mode = source.choice((None, None, *MODES))
         prompt = source.choice(prefixes) if source.random() < 0.6 else []
         prompt = prompt[: source.randint(1, 160)]
-        if self.jobs and source.random() < 0.5:
+        if self.jobs and source.random() < 0.3:
             earlier = self.jobs[source.choice(list(self.jobs)[-5:])]
-            prompt = (earlier.prompt + (earlier.output or []))[:200]
-            mode = source.choice((mode, "full"))
-        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 18))]
+            prompt = (earlier.prompt + (earlier.output or []))[:180]
+        prompt = prompt + [source.randrange(255) for _ in range(source.randint(1, 40))]
         job = Job(
             f"{seed}-{len(self.jobs)}", prompt, mode, source.choice((1, 12, 36, 36))
         )  # fmt: skip
