@@ -13,7 +13,7 @@ from echokv_vllm.demo.table import render
 pytestmark = pytest.mark.slow
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_model"
-NUM_PROMPTS = 16
+NUM_PROMPTS = 34  # three points are one answer
 
 
 @pytest.fixture(scope="module")
