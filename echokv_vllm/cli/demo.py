@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", default=None, metavar="DIR", help=f"model (default: {EXAMPLE})")
     parser.add_argument("--checkpoint", default=None, metavar="DIR", help="its EchoKV checkpoint")
     parser.add_argument("--prompts", type=int, default=24, help="needle questions per mode")
-    parser.add_argument("--burst", type=int, default=24, help="concurrent requests of the burst")
+    parser.add_argument("--burst", type=int, default=18, help="concurrent requests of the burst")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     parser.add_argument("--logs", default=None, metavar="DIR", help="folder for the server logs")
     parser.set_defaults(run=run)

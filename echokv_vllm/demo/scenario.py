@@ -42,7 +42,7 @@ class DemoOptions:
     log_dir: Path
     num_prompts: int = 24
     prompt_len: int = 1200
-    burst: int = 24
+    burst: int = 18
     burst_tokens: int = 96
     pool_tokens: int = 16384
     dtype: str = "float32"
