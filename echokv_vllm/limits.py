@@ -62,13 +62,18 @@ class FullModeLimit:
 
 def full_mode_limit(vllm_config: Any) -> FullModeLimit:
     """The limit of a started server, from the process that takes its requests."""
-    from echokv_kernels.layout import solve_block_sizes
+    from echokv_kernels.layout import PlanLayout
     from echokv_vllm.checkpoint import EchoCheckpoint
 
     config = EchoConfig.parse(vllm_config.additional_config)
-    plan = EchoCheckpoint.load(config.checkpoint, config.revision).plan
-    num_retained = sum(len(layer.retained) for layer in plan.layers)
-    sizes = solve_block_sizes(num_retained, plan.num_kv_heads * plan.num_layers - num_retained)
+    checkpoint = EchoCheckpoint.load(config.checkpoint, config.revision)
+    # The whole model's heads: ranks hold equal shares, and block sizes follow from the ratio.
+    sizes = PlanLayout(
+        tuple(len(layer.retained) for layer in checkpoint.plan.layers),
+        checkpoint.plan.num_kv_heads,
+        checkpoint.fingerprint.head_dim,
+        vllm_config.model_config.dtype.itemsize,
+    ).block_sizes()
     # vLLM adds up the pools of data-parallel engines; a request lives in one of them.
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     num_blocks //= vllm_config.parallel_config.data_parallel_size

@@ -92,7 +92,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
         ServerError: A server does not start.
         CheckpointError: The checkpoint is unusable.
     """
-    from echokv_kernels.layout import PlanLayout, solve_block_sizes
+    from echokv_kernels.layout import PlanLayout
 
     checkpoint = EchoCheckpoint.load(options.checkpoint)
     plan, shape = checkpoint.plan, checkpoint.fingerprint
@@ -100,7 +100,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> DemoResult:
         tuple(len(layer.retained) for layer in plan.layers), shape.num_kv_heads, shape.head_dim,
         2 if options.dtype == "bfloat16" else 4,
     )  # fmt: skip
-    sizes = solve_block_sizes(layout.retained_slots, layout.residual_slots)
+    sizes = layout.block_sizes()
     num_blocks = round(options.pool_tokens * (1 / sizes.retained + 1 / sizes.residual)) + 1
     pool_bytes = num_blocks * max(
         sizes.retained * layout.retained_bytes_per_token,

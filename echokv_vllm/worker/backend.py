@@ -47,10 +47,6 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         self.worker = context[layer_names[0]].impl.worker
         self.opens = self.worker.retained_lead in layer_names
         self.completes = self.worker.residual_lead in layer_names
-        if self.completes:
-            cache = context[self.worker.residual_lead]
-            # The cache may not be bound yet, or be bound again later.
-            self._cache_owner = cache
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -66,7 +62,9 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         return EchoMetadata(steps.step)
 
     def _bind_pool(self) -> None:
-        cache, steps = self._cache_owner.kv_cache, self.worker.steps
+        # Looked up on every step: the cache is bound after this builder is made, perhaps twice.
+        cache = self.worker.context[self.worker.residual_lead].kv_cache
+        steps = self.worker.steps
         if steps.owner is None or steps.owner.shape[0] != cache.shape[0]:
             steps.bind_pool(cache.shape[0], cache.device)
 

@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from echokv_kernels.layout import PlanLayout, solve_block_sizes
+from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.config import EchoConfig, SchedulerSettings
@@ -126,7 +126,7 @@ class EchoWorker:
             self.rotary.head_dim,
             model_config.dtype.itemsize,
         )
-        sizes = solve_block_sizes(layout.retained_slots, layout.residual_slots)
+        sizes = layout.block_sizes()
         self.settings = _scheduler_settings(vllm_config, self.config, self.checkpoint, sizes)
         self.steps = StepBuilder(sizes.retained, sizes.residual)
 

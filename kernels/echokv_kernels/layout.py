@@ -163,6 +163,10 @@ class PlanLayout:
         """Retained bytes over full bytes."""
         return self.retained_bytes_per_token / self.full_bytes_per_token
 
+    def block_sizes(self) -> BlockSizes:
+        """Tokens per block of both groups; every process of a server must come to the same."""
+        return solve_block_sizes(self.retained_slots, self.residual_slots)
+
 
 @dataclass(frozen=True)
 class BlockSizes:
