@@ -1,7 +1,8 @@
 """Attention over paged KV caches that keep only some heads exactly.
 
-The package knows torch only (and Triton, once its kernels are here). Import the module that
-holds what you need; this file stays empty so that `import echokv_kernels` costs nothing.
+The package knows torch and Triton only. Import the module that holds what you need; this file
+stays empty so that `import echokv_kernels` costs nothing. The modules here are plain PyTorch:
+the portable path, and the references of the Triton kernels in `gpu`.
 
 rotary        rotary position embedding, forwards and backwards
 layout        bytes of slots, pages and plans; the only place that computes them
@@ -11,4 +12,7 @@ softmax       online softmax and log-sum-exp merging
 attention     attention over exact keys and values
 reconstruct   attention over rebuilt keys and values
 decode        the same attention without rebuilding anything (absorbed queries)
+rebuild       rebuilt, exact and fresh heads of a context, materialised in a workspace
+step_plan     what all layers of a step need to know about its requests
+gpu           Triton kernels
 """

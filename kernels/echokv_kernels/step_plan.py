@@ -1,0 +1,258 @@
+"""What all layers of one step need to know about its requests, on the device.
+
+A *decode* is a request with one query token; any longer one is a *prefill chunk*; one without
+query tokens or without any token is padding. A request is *compressed* when one of its tokens
+lies in a residual page that is not exact (`store.exact_pages`).
+
+Stock paged attention reads a request through two block-table rows, one per group, each with the
+number of tokens it may read. Part 0 is R, part 1 is D:
+
+    request                    R row, length            D row, length
+    decode, not compressed     R table, seq_len         D table, seq_len
+    decode, compressed         R table, 0               its exact pages in order, their tokens
+    prefill, not compressed    R table, seq_len         D table, seq_len
+    prefill, compressed        R table, seq_len         D table, 0
+
+Compressed decodes are read in work items of equal length L over all of their tokens: request i
+has ceil(seq_len / L) of them, other requests none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .store import exact_pages
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """Persistent device buffers; captured graphs keep their addresses.
+
+    Entries of requests that are not in the step, and columns beyond a request's length, keep what
+    an earlier step left there.
+
+    Attributes:
+        exact: [max_reqs, PD] uint8, 1 where a D page holds what its place in the table says.
+        compressed: [max_reqs] int32, 1 if a token of the request lies in a page that is not exact.
+        tables: [2 * max_reqs, max(PR, PD)] int32, block-table rows; `row_of` finds them.
+        lens: [2 * max_reqs] int32, tokens that may be read through each row.
+        item_end: [max_reqs] int32, work items of the requests up to and including each.
+        item_len: [1] int32, tokens per work item.
+        paired: whether a request's two rows are neighbours; otherwise all R rows come first.
+        retained_block_size: tokens per R page.
+        residual_block_size: tokens per D page.
+        max_reqs: requests there is room for.
+    """
+
+    exact: torch.Tensor
+    compressed: torch.Tensor
+    tables: torch.Tensor
+    lens: torch.Tensor
+    item_end: torch.Tensor
+    item_len: torch.Tensor
+    paired: bool
+    retained_block_size: int
+    residual_block_size: int
+    max_reqs: int
+
+    @classmethod
+    def allocate(
+        cls,
+        max_reqs: int,
+        max_model_len: int,
+        retained_block_size: int,
+        residual_block_size: int,
+        paired: bool,
+        device: torch.device,
+    ) -> StepPlan:
+        """Buffers for up to `max_reqs` requests of up to `max_model_len` tokens.
+
+        Raises:
+            ValueError: a size is below 1.
+        """
+        sizes = {
+            "max_reqs": max_reqs,
+            "max_model_len": max_model_len,
+            "retained_block_size": retained_block_size,
+            "residual_block_size": residual_block_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        retained_pages = -(-max_model_len // retained_block_size)
+        residual_pages = -(-max_model_len // residual_block_size)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            exact=zeros(max_reqs, residual_pages, dtype=torch.uint8),
+            compressed=zeros(max_reqs),
+            tables=zeros(2 * max_reqs, max(retained_pages, residual_pages)),
+            lens=zeros(2 * max_reqs),
+            item_end=zeros(max_reqs),
+            item_len=torch.ones(1, dtype=torch.int32, device=device),
+            paired=paired,
+            retained_block_size=retained_block_size,
+            residual_block_size=residual_block_size,
+            max_reqs=max_reqs,
+        )
+
+    @property
+    def row_strides(self) -> tuple[int, int]:
+        """Rows from one request to the next, and from a request's R row to its D row."""
+        return (2, 1) if self.paired else (1, self.max_reqs)
+
+    def row_of(self, request: int, part: int) -> int:
+        """Row of `tables` and `lens`; part 0 is R, part 1 is D."""
+        per_request, per_part = self.row_strides
+        return request * per_request + part * per_part
+
+
+def check_step(
+    plan: StepPlan,
+    owner: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_reqs: int,
+    item_sizes: tuple[int, int, int],
+) -> None:
+    """Checks what `plan_step` is given, without looking at device data.
+
+    Raises:
+        ValueError: an argument does not fit; see `plan_step`.
+    """
+    if not 0 <= num_reqs <= plan.max_reqs:
+        raise ValueError(
+            f"num_reqs is {num_reqs}; the plan has room for 0 to {plan.max_reqs}, allocate a "
+            "larger one"
+        )
+    if min(item_sizes) < 1:
+        raise ValueError(
+            f"num_items, item_align and min_item_len are {item_sizes}; each must be at least 1"
+        )
+    if owner.dtype != torch.int64 or owner.dim() != 1 or not owner.is_contiguous():
+        raise ValueError(
+            f"owner has dtype {owner.dtype} and shape {tuple(owner.shape)}; pass contiguous "
+            "int64, one per block"
+        )
+    for name, table in zip(("retained_table", "residual_table"), tables, strict=True):
+        if (
+            table.dtype != torch.int32
+            or table.dim() != 2
+            or table.shape[0] < num_reqs
+            or table.shape[1] < 1
+            or table.stride(1) != 1
+        ):
+            raise ValueError(
+                f"{name} has dtype {table.dtype}, shape {tuple(table.shape)} and strides "
+                f"{table.stride()}; pass int32 rows, contiguous, for at least {num_reqs} requests"
+            )
+    lengths = (("query_start_loc", query_start_loc, num_reqs + 1), ("seq_lens", seq_lens, num_reqs))
+    for name, tensor, needed in lengths:
+        if tensor.dim() != 1 or tensor.shape[0] < needed or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; pass at least {needed} contiguous numbers"
+            )
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; pass int32 or int64")
+
+
+def _ceil_div(number: torch.Tensor, divisor: int) -> torch.Tensor:
+    return (number + divisor - 1) // divisor
+
+
+def _plan_rows(
+    plan: StepPlan,
+    owner: torch.Tensor,
+    retained_table: torch.Tensor,
+    residual_table: torch.Tensor,
+    decode: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """Everything but the work items; decode [n] bool, seq_lens [n] int64, 0 for padding."""
+    n = seq_lens.shape[0]
+    sizes = (plan.retained_block_size, plan.residual_block_size)
+    covers = []  # [n, pages] bool, which columns of each table lie within the request
+    for table, size in zip((retained_table, residual_table), sizes, strict=True):
+        column = torch.arange(table.shape[1], device=owner.device)
+        covers.append(column < _ceil_div(seq_lens, size)[:, None])
+    # Columns beyond the length may hold anything.
+    retained = torch.where(covers[0], retained_table, 0)
+    residual = torch.where(covers[1], residual_table, 0)
+    exact = exact_pages(owner, retained, residual, *sizes)
+    missing = covers[1] & ~exact
+    compressed = missing.any(1)
+    kept = covers[1] & (exact | ~decode[:, None])
+    first_token = torch.arange(residual.shape[1], device=owner.device) * sizes[1]
+    tokens = (seq_lens[:, None] - first_token).clamp(max=sizes[1])
+    exact_len = torch.where(kept, tokens, 0).sum(1)
+
+    per_request, per_part = plan.row_strides
+    row = torch.arange(n, device=owner.device) * per_request
+    request, column = covers[0].nonzero(as_tuple=True)
+    plan.tables[row[request], column] = retained[request, column]
+    request, column = kept.nonzero(as_tuple=True)
+    place = kept.cumsum(1)[request, column] - 1
+    plan.tables[row[request] + per_part, place] = residual[request, column]
+    request, column = covers[1].nonzero(as_tuple=True)
+    plan.exact[request, column] = exact[request, column].to(torch.uint8)
+    plan.compressed[:n] = compressed.to(torch.int32)
+    plan.lens[row] = torch.where(decode & compressed, 0, seq_lens).to(torch.int32)
+    plan.lens[row + per_part] = torch.where(~decode & compressed, 0, exact_len).to(torch.int32)
+
+
+def plan_step(
+    plan: StepPlan,
+    owner: torch.Tensor,
+    retained_table: torch.Tensor,
+    residual_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_reqs: int,
+    *,
+    num_items: int,
+    item_align: int,
+    min_item_len: int,
+) -> None:
+    """Fills the plan of one step, after `store.stamp_owners`.
+
+    Args:
+        plan: written in place: the entries of the first `num_reqs` requests and `item_len`.
+        owner: [num_blocks] int64.
+        retained_table: [>= n, PR] int32, block ids of the R pages.
+        residual_table: [>= n, PD] int32, block ids of the D pages, 0 where there is none.
+        query_start_loc: [>= n + 1] int32, first query token of each request.
+        seq_lens: [>= n] int32, tokens of each request including this step's. They must fit the
+            tables and the plan.
+        num_reqs: n, requests of the step including padding.
+        num_items: work items to aim at; there may be up to one more per request.
+        item_align: `item_len` is a multiple of it, tokens.
+        min_item_len: `item_len` is at least this, tokens.
+
+    Raises:
+        ValueError: too many requests for the plan, or a size, dtype or shape does not fit.
+    """
+    item_sizes = (num_items, item_align, min_item_len)
+    tables = (retained_table, residual_table)
+    check_step(plan, owner, tables, query_start_loc, seq_lens, num_reqs, item_sizes)
+    if num_reqs == 0:
+        return
+    query_lens = query_start_loc[: num_reqs + 1].to(torch.int64).diff()
+    lens = torch.where(query_lens > 0, seq_lens[:num_reqs].to(torch.int64), 0)
+    decode = query_lens == 1
+    columns = (plan.tables.shape[1], plan.exact.shape[1])
+    retained, residual = (
+        table[:num_reqs, :width] for table, width in zip(tables, columns, strict=True)
+    )
+    _plan_rows(plan, owner, retained, residual, decode, lens)
+
+    item_tokens = torch.where(decode & plan.compressed[:num_reqs].bool(), lens, 0)
+    item_len = _ceil_div(item_tokens.sum(), num_items).clamp(min=min_item_len)
+    item_len = _ceil_div(item_len, item_align) * item_align
+    plan.item_len.copy_(item_len)
+    ends = ((item_tokens + item_len - 1) // item_len).cumsum(0)
+    plan.item_end[:num_reqs] = ends.to(torch.int32)
