@@ -2,8 +2,9 @@
 
     python benchmarks/benchmark_throughput.py MODEL --checkpoint DIR [--mode auto] -- BENCH OPTIONS
 
-Everything after `--` goes to both runs unchanged, for example `--input-len 8000 --output-len 500
---num-prompts 64 --gpu-memory-utilization 0.5`. The table's last column is the ratio to stock.
+Everything after `--` goes to both runs unchanged, for example `--random-input-len 8000
+--random-output-len 500 --num-prompts 64 --num-warmups 8 --gpu-memory-utilization 0.5`. (vLLM 0.32
+ignores its own `--input-len` and `--output-len`.) The table's last column is the ratio to stock.
 """
 
 import argparse
@@ -25,6 +26,14 @@ def bench(model: str, options: list[str], output: Path) -> dict[str, float]:
     return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
+def split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after the first ``--``."""
+    if "--" not in arguments:
+        return arguments, []
+    end = arguments.index("--")
+    return arguments[:end], arguments[end + 1 :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,15 +42,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="EchoKV checkpoint of the model")
     parser.add_argument("--mode", default="auto", choices=("auto", "full", "compressed"))
     parser.add_argument("--json", type=Path, help="write both results there")
-    parser.add_argument("options", nargs="*", help="options of `vllm bench throughput`, after --")
-    args = parser.parse_args()
+    # argparse gives a list of positionals nothing that follows an option, so `--` is split here.
+    own, bench_options = split_options(sys.argv[1:])
+    args = parser.parse_args(own)
     settings = {"echokv": {"checkpoint": args.checkpoint, "mode": args.mode}}
     echokv = ["--attention-backend", "echokv", "--additional-config", json.dumps(settings)]
     with tempfile.TemporaryDirectory() as folder:
         results = {
-            "stock": bench(args.model, args.options, Path(folder) / "stock.json"),
+            "stock": bench(args.model, bench_options, Path(folder) / "stock.json"),
             f"echokv {args.mode}": bench(
-                args.model, [*args.options, *echokv], Path(folder) / "echokv.json"
+                args.model, [*bench_options, *echokv], Path(folder) / "echokv.json"
             ),
         }
     stock = results["stock"]["tokens_per_second"]
