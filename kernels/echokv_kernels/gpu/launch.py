@@ -1,0 +1,241 @@
+"""Tile sizes, warps and stages of every kernel, with the command that chose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Absorbed decode.
+
+    Attributes:
+        chunk_len: tokens that one slot of absorbed queries serves; with two loops, also tokens
+            taken through the first before the second, whose scores should stay in the L2 cache.
+        block_len: tokens per tile of keys, at most.
+        programs_per_sm: persistent programs per multiprocessor.
+        num_warps: warps per program.
+        score_stages: depth of the pipeline that loads keys.
+        value_stages: depth of the pipeline that loads values.
+        max_width: features of one token in a tile of keys, at most.
+        value_width: features of one token in a tile of values, at most.
+        value_len: tokens per tile of values.
+        fused_bytes: keys of one token up to which one loop takes keys and values; their sums must
+            fit the registers. Wider ones take two loops and scratch for the scores.
+        fused_len: tokens per tile of that loop.
+        fused_stages: depth of its pipeline.
+        hold_from: rotation blocks from this length on get their absorbed queries once, at the
+            price of a pipeline that begins anew with each of them.
+        max_sums: sums a program may hold in registers, rows times features.
+        shared_bytes: shared memory that pipelines may take.
+    """
+
+    chunk_len: int = 1024
+    block_len: int = 64
+    programs_per_sm: int = 2
+    num_warps: int = 4
+    score_stages: int = 4
+    value_stages: int = 3
+    max_width: int = 128
+    value_width: int = 512
+    value_len: int = 32
+    fused_bytes: int = 1024
+    fused_len: int = 32
+    fused_stages: int = 2
+    hold_from: int = 1024
+    max_sums: int = 32 * 512
+    shared_bytes: int = 200 * 1024
+
+    def is_fused(self, row_pad: int, width: int, itemsize: int) -> bool:
+        """Whether one loop takes keys and values; `width` features padded, `itemsize` bytes."""
+        return width * itemsize <= self.fused_bytes and row_pad * width <= self.max_sums
+
+    def stages(self, wanted: int, stage_bytes: int) -> int:
+        """Depth of a pipeline that fits the shared memory."""
+        return max(1, min(wanted, self.shared_bytes // stage_bytes))
+
+    def score_heads(self, num_sources: int, head_dim: int) -> int:
+        """Source heads of a tile of keys."""
+        return _equal_steps(num_sources, head_dim, self.max_width)
+
+    def heads_per_step(self, num_sources: int, head_dim: int) -> int:
+        """Source heads of a tile of values."""
+        return _equal_steps(num_sources, head_dim, self.value_width)
+
+    def value_heads(self, num_sources: int, head_dim: int, row_pad: int) -> int:
+        """The same where their sums must fit the registers."""
+        width = min(self.value_width, self.max_sums // row_pad)
+        return _equal_steps(num_sources, head_dim, width)
+
+
+def _equal_steps(num_sources: int, head_dim: int, max_width: int) -> int:
+    """Source heads taken at once: as many as fit, the same number in every step."""
+    return max(
+        heads
+        for heads in range(1, num_sources + 1)
+        if num_sources % heads == 0 and (heads == 1 or heads * head_dim <= max_width)
+    )
+
+
+@dataclass(frozen=True)
+class AbsorbTiles:
+    """Absorbing queries ahead of decode.
+
+    Attributes:
+        lines: rotation blocks taken at once.
+        members: query heads of one KV head that a program takes, at most.
+        max_sources: source heads that a program takes, at most.
+        requests: requests compared at once when looking for a block's request.
+        programs_per_program: its programs for each program of the decode kernel.
+        num_warps: warps per program.
+    """
+
+    lines: int = 64
+    members: int = 4
+    max_sources: int = 4
+    requests: int = 32
+    programs_per_program: int = 2
+    num_warps: int = 4
+
+    def parts(self, group: int, num_sources: int, rotation_block: int) -> tuple[int, int]:
+        """Query heads and source heads of a program, divisors of a group and of the sources.
+
+        Few rotation blocks make few programs, so those of long blocks take one source each.
+        """
+        wanted = self.max_sources if 0 < rotation_block < 128 else 1
+        return _divisor(group, self.members), _divisor(num_sources, wanted)
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(size for size in range(1, most + 1) if number % size == 0)
+
+
+@dataclass(frozen=True)
+class CombineTiles:
+    """Combining work items.
+
+    Attributes:
+        items: work items read at once.
+        num_warps: warps per program.
+        num_stages: depth of the pipeline that loads items.
+    """
+
+    items: int = 8
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @staticmethod
+    def rows(group: int) -> int:
+        """Rows of a tile that holds one KV head's query heads; tensor cores want 16."""
+        return max(16, 1 << (group - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class UnrotatedTiles:
+    """Decode with un-rotated keys.
+
+    Attributes:
+        rows: tokens per tile at most, no more than positions in `RotationTable.fine`; with
+            `columns` it fills the registers, so one program runs per multiprocessor.
+        columns: key elements of a tile, whole heads.
+        step: features per product.
+        pairs: pairs of a head rotated at once.
+        num_warps: warps per program.
+        num_stages: depth of the pipeline that loads features and maps.
+        programs_per_sm: persistent programs per multiprocessor; registers allow one.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    step: int = 64
+    pairs: int = 64
+    num_warps: int = 8
+    num_stages: int = 4
+    programs_per_sm: int = 1
+
+    def fit(self, itemsize: int) -> UnrotatedTiles:
+        """What fits shared memory with cache elements of so many bytes."""
+        return replace(self, columns=128, step=32, num_stages=2) if itemsize > 2 else self
+
+    def tile_len(self, chunk_len: int) -> int:
+        """Tokens per tile: a power of two that divides the chunk."""
+        return min(self.rows, chunk_len & -chunk_len)
+
+    def heads(self, num_echoed: int, dim_pad: int) -> int:
+        """Echoed heads per tile, a power of two."""
+        return max(1, min(self.columns // dim_pad, 1 << (num_echoed - 1).bit_length()))
+
+
+# Checked by: python benchmarks/kernels/decode.py OUT_FOLDER (H200, Llama-3.1-8B's shape, bf16).
+# local-0.5, rotation block 256, 262,144 tokens, decode kernel alone: 149-153 us; with tiles of 16
+# tokens 186, with one program per multiprocessor 197, holding queries from blocks of 256 on 159,
+# two loops 168. Absorbing: limits on registers below 255 spill and double its time.
+DECODE = DecodeTiles()
+ABSORB = AbsorbTiles()
+COMBINE = CombineTiles()
+UNROTATED = UnrotatedTiles()
+
+
+@dataclass(frozen=True)
+class RebuildTiles:
+    """Rebuilding keys and values into a workspace.
+
+    Attributes:
+        rows: positions per program, a power of two that divides the workspace's tile.
+        heads: discarded heads per program, a power of two; they share the features' loads and
+            rotation, their sums take rows * heads * head_dim registers.
+        step: elements of a source head per product, a power of two that divides the head size;
+            rotated keys take half of it from each half of the head.
+        num_warps: warps per program.
+        score_stages: depth of the pipeline that loads keys.
+        value_stages: depth of the pipeline that loads values.
+        max_width: features of one token taken at once, at most.
+    """
+
+    rows: int
+    heads: int
+    step: int
+    num_warps: int = 8
+    num_stages: int = 3
+
+    @classmethod
+    def choose(cls, tile_len: int, head_dim: int, num_heads: int, itemsize: int) -> RebuildTiles:
+        """Tiles for a workspace, a model and a checkpoint.
+
+        Args:
+            tile_len: positions per tile of the workspace.
+            head_dim: elements of one key or value.
+            num_heads: heads the maps rebuild.
+            itemsize: bytes per element.
+
+        Raises:
+            ValueError: the tile or the head size is not a multiple of 16 or 32.
+        """
+        rows = min(128, tile_len & -tile_len)
+        step = min(64, head_dim & -head_dim)
+        if rows < 16 or step < 32:
+            raise ValueError(
+                f"tiles of {tile_len} positions and heads of {head_dim} elements; use multiples "
+                "of 16 and of 32"
+            )
+        if itemsize > 2:
+            return cls(min(rows, 64), 1, 32, num_stages=2)
+        columns = 1 << (head_dim - 1).bit_length()
+        wanted = 1 << (num_heads - 1).bit_length()
+        return cls(rows, max(1, min(256 // columns, wanted)), step)
+
+
+@dataclass(frozen=True)
+class MergeTiles:
+    """Merging attention over parts of the context.
+
+    Attributes:
+        tokens: tokens per program.
+        num_warps: warps per program.
+    """
+
+    tokens: int = 16
+    num_warps: int = 4
+
+
+MERGE = MergeTiles()
