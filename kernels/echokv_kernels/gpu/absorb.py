@@ -1,0 +1,265 @@
+"""Absorbed queries: the key maps applied to the queries instead of to the keys.
+
+One vector per rotation block and row (method.md §3). They are needed chunk by chunk; `slots` of
+equal size hold them, one per chunk of a work item. What does not fit the slots is absorbed by the
+program that needs it (absorbed.py), so their number bounds memory and not the context.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from echokv_kernels.gpu.rotation import cos_sin, element_pairs, pair_elements
+
+
+@triton.jit
+def find_item(item_end_ptr, item, num_requests, NUM_REQUESTS: tl.constexpr):
+    """The request a work item belongs to and the item's number within it.
+
+    `item_end_ptr` is [num_requests] int32, the inclusive cumulative number of items.
+    """
+    index = tl.arange(0, NUM_REQUESTS)
+    end = tl.load(item_end_ptr + index, mask=index < num_requests, other=2147483647)
+    request = tl.sum((end <= item).to(tl.int32))
+    first = tl.max(tl.where(end <= item, end, 0))
+    return request, item - first
+
+
+@triton.jit
+def absorb_tile(
+    query_ptr,  # [query heads, HEAD_DIM] of one token
+    stride_query_head,
+    key_map_ptr,  # [NUM_ECHOED, NUM_SOURCES * HEAD_DIM, HEAD_DIM]
+    key_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
+    row_query_ptr,  # [rows] int32
+    coarse_ptr,  # RotationTable.coarse
+    fine_ptr,  # RotationTable.fine
+    absorbed_ptr,  # [NUM_BLOCKS, NUM_ECHOED * GROUP, F]
+    offset_ptr,  # [NUM_BLOCKS, NUM_ECHOED * GROUP] float32
+    start,
+    stop,
+    tile,
+    ROTATION_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_ECHOED: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """One head's absorbed queries of some rotation blocks from position `start`, to memory."""
+    ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
+    F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    BLOCKS_PER_TILE: tl.constexpr = BLOCK_M // GROUP_PAD
+    dtype = absorbed_ptr.dtype.element_ty
+    pair = tl.arange(0, HALF_PAD)
+    known = pair < HEAD_DIM // 2
+    first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    element = tl.arange(0, DIM_PAD)
+    inside = element < HEAD_DIM
+    own_pair, partner, is_second = element_pairs(element, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    m = tl.arange(0, BLOCK_M)
+    member = m % GROUP_PAD
+    head = tile % NUM_ECHOED
+    block = tile // NUM_ECHOED * BLOCKS_PER_TILE + m // GROUP_PAD
+    t0 = start + block * ROTATION_BLOCK
+    if ROTATION_BLOCK != 0:
+        t0 = (start // ROTATION_BLOCK + block) * ROTATION_BLOCK
+    real = (member < GROUP) & (block < NUM_BLOCKS) & (t0 < stop)
+    row = head * GROUP + member
+    query_head = tl.load(row_query_ptr + row, mask=real, other=0)
+    q_ptrs = query_ptr + query_head[:, None].to(tl.int64) * stride_query_head
+    q_mask = real[:, None] & inside[None, :]
+    q = tl.load(q_ptrs + element[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    if ROTATION_BLOCK != 0:
+        t0 = tl.where(real, t0, 0)
+        other = tl.load(q_ptrs + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
+        cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, own_pair, HEAD_DIM)
+        q = q * cos + tl.where(is_second[None, :], -other, other) * sin
+        cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
+    if HAS_BIAS:
+        bias = tl.load(key_bias_ptr + head * HEAD_DIM + element, mask=inside, other=0.0)
+        dot = tl.sum(q * bias[None, :].to(tl.float32), 1)
+        tl.store(offset_ptr + block * ECHO_ROWS + row, dot, mask=real)
+    q = q.to(dtype)
+    a_mask = real[:, None] & known[None, :]
+    for source in range(NUM_SOURCES):
+        # Rows are features of one source head, columns what the map maps to.
+        w_ptrs = key_map_ptr + (head * NUM_SOURCES + source) * (HEAD_DIM * HEAD_DIM)
+        w_ptrs = w_ptrs + element[None, :]
+        w_mask = known[:, None] & inside[None, :]
+        w_first = tl.load(w_ptrs + first[:, None] * HEAD_DIM, mask=w_mask, other=0.0)
+        w_second = tl.load(w_ptrs + second[:, None] * HEAD_DIM, mask=w_mask, other=0.0)
+        a_first = tl.dot(q, tl.trans(w_first), input_precision="ieee")
+        a_second = tl.dot(q, tl.trans(w_second), input_precision="ieee")
+        if ROTATION_BLOCK != 0:
+            forward = a_first * cos - a_second * sin
+            a_second = a_second * cos + a_first * sin
+            a_first = forward
+        a_ptrs = absorbed_ptr + (block * ECHO_ROWS + row)[:, None] * F + source * HEAD_DIM
+        tl.store(a_ptrs + first[None, :], a_first.to(dtype), mask=a_mask)
+        tl.store(a_ptrs + second[None, :], a_second.to(dtype), mask=a_mask)
+
+
+@triton.jit
+def slot_blocks(
+    query_start_loc_ptr,  # [n + 1] int32
+    seq_lens_ptr,  # [n] int32
+    item_end_ptr,  # [n] int32
+    line,  # [LINES] int32, slot * NUM_BLOCKS + block
+    num_slots,
+    num_requests,
+    item_len,
+    ROTATION_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    """First position, query token and existence of the rotation blocks in slots, [LINES] each."""
+    slot = line // NUM_BLOCKS
+    chunks = tl.cdiv(item_len, CHUNK)
+    item = slot // chunks
+    request = item * 0
+    for first in range(0, num_requests, REQUESTS):
+        index = first + tl.arange(0, REQUESTS)
+        end = tl.load(item_end_ptr + index, mask=index < num_requests, other=2147483647)
+        request += tl.sum((end[None, :] <= item[:, None]).to(tl.int32), 1)
+    real = (slot < num_slots) & (request < num_requests)
+    before = tl.load(item_end_ptr + request - 1, mask=real & (request > 0), other=0)
+    seq_len = tl.load(seq_lens_ptr + request, mask=real, other=0)
+    token = tl.load(query_start_loc_ptr + request, mask=real, other=0).to(tl.int64)
+    item_start = (item - before) * item_len
+    start = item_start + (slot - item * chunks) * CHUNK
+    stop = tl.minimum(tl.minimum(start + CHUNK, item_start + item_len), seq_len)
+    t0 = start
+    if ROTATION_BLOCK != 0:
+        t0 = (start // ROTATION_BLOCK + line % NUM_BLOCKS) * ROTATION_BLOCK
+    # A block longer than a chunk begins before the chunk does.
+    return tl.where(real, t0, 0), token, real & (start < stop) & (t0 < stop)
+
+
+@triton.jit
+def load_map(
+    map_ptr,  # [HEAD_DIM, HEAD_DIM]
+    out,  # [P] int32, rows
+    into,  # [P] int32, columns
+    known,  # [P] bool
+    HEAD_DIM: tl.constexpr,
+):
+    """Part of one source head's key map, [P, P]."""
+    at = out[:, None] * HEAD_DIM + into[None, :]
+    return tl.load(map_ptr + at, mask=known[:, None] & known[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots"])
+def absorb_kernel(
+    query_ptr,  # [T, query heads, HEAD_DIM]
+    key_map_ptr,  # [NUM_ECHOED, F, HEAD_DIM]
+    key_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
+    row_query_ptr,  # [NUM_ROWS] int32
+    query_start_loc_ptr,  # [n + 1] int32
+    seq_lens_ptr,  # [n] int32
+    item_end_ptr,  # [n] int32
+    item_len_ptr,  # [1] int32
+    coarse_ptr,
+    fine_ptr,
+    absorbed_ptr,  # [slots, NUM_BLOCKS, NUM_ECHOED * GROUP, F]
+    offset_ptr,  # [slots, NUM_BLOCKS, NUM_ECHOED * GROUP] float32
+    num_requests,
+    num_slots,
+    stride_query_token,
+    stride_query_head,
+    ROTATION_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NUM_ECHOED: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    LINES: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """Fills the slots. Grid: (heads * parts of a group * parts of the sources, programs).
+
+    Programs of one part share the rotation blocks, LINES at a time, of whichever requests. A
+    program turns the queries of MEMBERS query heads back, keeps them in shared memory, and takes
+    SOURCES source heads' maps in turn.
+    """
+    ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
+    F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    num_items = tl.load(item_end_ptr + num_requests - 1)
+    item_len = tl.load(item_len_ptr)
+    used = tl.minimum(num_items * tl.cdiv(item_len, CHUNK), num_slots)
+    if tl.program_id(1) * LINES >= used * NUM_BLOCKS:
+        return
+    SOURCE_PARTS: tl.constexpr = NUM_SOURCES // SOURCES
+    first_row = tl.program_id(0) // SOURCE_PARTS * MEMBERS
+    first_source = tl.program_id(0) % SOURCE_PARTS * SOURCES
+    head = first_row // GROUP
+    dtype = absorbed_ptr.dtype.element_ty
+    pair = tl.arange(0, HALF_PAD)
+    known = pair < HEAD_DIM // 2
+    first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    step = tl.num_programs(1) * LINES
+    for start in range(tl.program_id(1) * LINES, used * NUM_BLOCKS, step):
+        line = start + tl.arange(0, LINES)
+        t0, token, real = slot_blocks(
+            query_start_loc_ptr, seq_lens_ptr, item_end_ptr, line, used, num_requests, item_len,
+            ROTATION_BLOCK, NUM_BLOCKS, CHUNK, REQUESTS,
+        )  # fmt: skip
+        mask = real[:, None] & known[None, :]
+        if ROTATION_BLOCK != 0:
+            cos, sin = cos_sin(coarse_ptr, fine_ptr, tl.where(real, t0, 0), pair, HEAD_DIM)
+        turned = ()
+        for member in tl.static_range(MEMBERS):
+            row = first_row + member
+            query_head = tl.load(row_query_ptr + row).to(tl.int64)
+            q_ptrs = (
+                query_ptr + (token * stride_query_token + query_head * stride_query_head)[:, None]
+            )
+            q_1 = tl.load(q_ptrs + first[None, :], mask=mask, other=0.0)
+            q_2 = tl.load(q_ptrs + second[None, :], mask=mask, other=0.0)
+            if ROTATION_BLOCK != 0:
+                back = q_2.to(tl.float32) * cos - q_1.to(tl.float32) * sin
+                q_1 = (q_1.to(tl.float32) * cos + q_2.to(tl.float32) * sin).to(dtype)
+                q_2 = back.to(dtype)
+            if HAS_BIAS and first_source == 0:
+                bias_ptr = key_bias_ptr + head * HEAD_DIM
+                bias_1 = tl.load(bias_ptr + first, mask=known, other=0.0).to(tl.float32)
+                bias_2 = tl.load(bias_ptr + second, mask=known, other=0.0).to(tl.float32)
+                dot = tl.sum(q_1 * bias_1[None, :] + q_2 * bias_2[None, :], 1)
+                tl.store(offset_ptr + line.to(tl.int64) * ECHO_ROWS + row, dot, mask=real)
+            turned += (q_1, q_2)  # type: ignore[assignment]
+        for source in tl.range(first_source, first_source + SOURCES, num_stages=1):
+            map_ptr = key_map_ptr + (head * NUM_SOURCES + source) * (HEAD_DIM * HEAD_DIM)
+            map_11 = load_map(map_ptr, first, first, known, HEAD_DIM)
+            map_12 = load_map(map_ptr, first, second, known, HEAD_DIM)
+            map_21 = load_map(map_ptr, second, first, known, HEAD_DIM)
+            map_22 = load_map(map_ptr, second, second, known, HEAD_DIM)
+            for member in tl.static_range(MEMBERS):
+                q_1, q_2 = turned[2 * member], turned[2 * member + 1]
+                a_1 = tl.dot(q_1, tl.trans(map_11), input_precision="ieee")
+                a_1 = tl.dot(q_2, tl.trans(map_12), a_1, input_precision="ieee")
+                a_2 = tl.dot(q_1, tl.trans(map_21), input_precision="ieee")
+                a_2 = tl.dot(q_2, tl.trans(map_22), a_2, input_precision="ieee")
+                if ROTATION_BLOCK != 0:
+                    forward = a_1 * cos - a_2 * sin
+                    a_2 = a_2 * cos + a_1 * sin
+                    a_1 = forward
+                at = line.to(tl.int64) * ECHO_ROWS + first_row + member
+                a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None]
+                tl.store(a_ptrs + first[None, :], a_1.to(dtype), mask=mask)
+                tl.store(a_ptrs + second[None, :], a_2.to(dtype), mask=mask)

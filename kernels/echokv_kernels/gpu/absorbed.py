@@ -1,0 +1,347 @@
+"""Decode attention over echoed context, by absorbed queries: one pass over the retained pages.
+
+Every compressed decode request is cut into work items of consecutive tokens (step_plan). Programs
+take items in turn, and an item chunk by chunk; a chunk is what one slot of absorbed queries is for.
+Narrow features take one loop over the tokens (fused.py), wide ones two:
+
+    scores    S[token, row]       A . x_K, masked, to scratch; running maximum
+    values    acc[F, row]         sum_t exp2(S - m) x_V(t)
+
+A row is one query head of a discarded KV head; or of a retained KV head that is a source, whose
+attention comes free in the same pass because it is its own feature. Rows share each token's
+features, so the pass reads the retained pages once and nothing else grows with the context. The
+scratch belongs to the program and is reused for every chunk, so it stays in the L2 cache and its
+size does not depend on batch or context.
+
+Scores are in units of log2: exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from echokv_kernels.gpu.absorb import absorb_tile, find_item
+from echokv_kernels.gpu.fused import fused_tiles
+from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
+
+
+@triton.jit
+def absorbed_scores(
+    pool_ptr,  # PagedFeatures.pool
+    block_stride,
+    source_offset_ptr,  # [NUM_SOURCES] int64
+    table_ptr,  # [pages] int32 of one request
+    exact_ptr,  # [residual pages] uint8 of one request
+    query_ptr,  # [query heads, HEAD_DIM] of the request's token
+    stride_query_head,
+    absorbed_ptr,
+    offset_ptr,
+    scores_ptr,  # [CHUNK, ROW_PAD] float32
+    row_query,  # [ROW_PAD] int32
+    row_source,  # [ROW_PAD] int32
+    maximum,  # [ROW_PAD] float32
+    start,
+    stop,
+    seq_len,
+    scale_log2,
+    ROTATION_BLOCK: tl.constexpr,
+    ECHO_ROWS: tl.constexpr,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    RESIDUAL_BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    HEADS_PER_STEP: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Masked scores of the positions [start, stop) to scratch; the new running maximum."""
+    F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    NUM_STEPS: tl.constexpr = NUM_SOURCES // HEADS_PER_STEP
+    row = tl.arange(0, ROW_PAD)
+    element = tl.arange(0, DIM_PAD)
+    slot = tl.arange(0, BLOCK_T)
+    known = element < HEAD_DIM
+    echoed = row < ECHO_ROWS
+    # A retained head is its own feature: its query is its row's part of one source head.
+    own_ptrs = query_ptr + row_query.to(tl.int64) * stride_query_head
+    largest = tl.zeros([BLOCK_T, ROW_PAD], tl.float32) + maximum[None, :]
+    acc = tl.zeros([BLOCK_T, ROW_PAD], tl.float32)
+    page = load_pages(table_ptr, start + slot, stop, BLOCK_SIZE)
+    exact = tl.load(
+        exact_ptr + (start + slot) // RESIDUAL_BLOCK_SIZE, mask=start + slot < stop, other=1
+    )
+    offsets = source_offsets(source_offset_ptr, 0, HEADS_PER_STEP)
+    for i in tl.range(0, tl.cdiv(stop - start, BLOCK_T) * NUM_STEPS, num_stages=STAGES):
+        step = i % NUM_STEPS
+        local = i // NUM_STEPS * BLOCK_T
+        position = start + local + slot
+        inside = position < stop
+        x_row = page.to(tl.int64) * block_stride + position % BLOCK_SIZE * (2 * HEAD_DIM)
+        x_ptrs = pool_ptr + x_row[:, None] + element[None, :]
+        x_mask = inside[:, None] & known[None, :]
+        block = 0
+        if ROTATION_BLOCK != 0:
+            block = (start + local) // ROTATION_BLOCK - start // ROTATION_BLOCK
+        if step == 0:
+            acc = tl.zeros([BLOCK_T, ROW_PAD], tl.float32)
+        for head in tl.static_range(HEADS_PER_STEP):
+            source = step * HEADS_PER_STEP + head
+            x = tl.load(x_ptrs + offsets[head], mask=x_mask, other=0.0)
+            a = load_absorbed(
+                absorbed_ptr, own_ptrs, row_source, block, source, ECHO_ROWS, F, HEAD_DIM, ROW_PAD,
+                DIM_PAD,
+            )  # fmt: skip
+            acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
+        following = start + (i + 1) // NUM_STEPS * BLOCK_T + slot
+        page = load_pages(table_ptr, following, stop, BLOCK_SIZE)
+        if NUM_STEPS > 1:
+            offsets = source_offsets(source_offset_ptr, (i + 1) % NUM_STEPS, HEADS_PER_STEP)
+        if step == NUM_STEPS - 1:
+            scores = acc
+            if HAS_BIAS:
+                bias = tl.load(offset_ptr + block * ECHO_ROWS + row, mask=echoed, other=0.0)
+                scores += bias[None, :]
+            # The current token of echoed heads is exact or fresh, never rebuilt.
+            rebuilt = inside & (position < seq_len - 1) & (exact == 0)
+            visible = (echoed[None, :] & rebuilt[:, None]) | (~echoed[None, :] & inside[:, None])
+            scores = tl.where(visible, scores * scale_log2, float("-inf"))
+            largest = tl.maximum(largest, scores)
+            tl.store(scores_ptr + (local + slot)[:, None] * ROW_PAD + row[None, :], scores)
+        exact = tl.load(
+            exact_ptr + following // RESIDUAL_BLOCK_SIZE, mask=following < stop, other=1
+        )
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def weighted_values(
+    pool_ptr,
+    block_stride,
+    source_offset_ptr,
+    table_ptr,
+    scores_ptr,
+    sum_ptr,  # [ROW_PAD, F] float32: the item's accumulator
+    base,  # [ROW_PAD] float32, what to subtract from the scores
+    shrink,  # [ROW_PAD] float32, factor of what the accumulator holds from earlier chunks
+    row_source,  # [ROW_PAD] int32, the source head whose sum a row needs; -1: all, -2: none
+    start,
+    stop,
+    is_first,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    HEADS_PER_STEP: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds the chunk's weighted value features to the accumulator; returns its sums of weights."""
+    F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    NUM_STEPS: tl.constexpr = NUM_SOURCES // HEADS_PER_STEP
+    row = tl.arange(0, ROW_PAD)
+    element = tl.arange(0, DIM_PAD)
+    slot = tl.arange(0, BLOCK_T)
+    known = element < HEAD_DIM
+    total = tl.zeros([BLOCK_T, ROW_PAD], tl.float32)
+    for step in range(NUM_STEPS):
+        offsets = source_offsets(source_offset_ptr, step, HEADS_PER_STEP)
+        sums = ()
+        for _ in tl.static_range(HEADS_PER_STEP):
+            sums += (tl.zeros([DIM_PAD, ROW_PAD], tl.float32),)  # type: ignore[assignment]
+        page = load_pages(table_ptr, start + slot, stop, BLOCK_SIZE)
+        for first in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
+            position = first + slot
+            inside = position < stop
+            x_row = page.to(tl.int64) * block_stride + position % BLOCK_SIZE * (2 * HEAD_DIM)
+            x_ptrs = pool_ptr + x_row[:, None] + (HEAD_DIM + element)[None, :]
+            s_ptrs = scores_ptr + (position - start)[:, None] * ROW_PAD + row[None, :]
+            scores = tl.load(s_ptrs, mask=inside[:, None], other=float("-inf"))
+            weights = tl.exp2(scores - base[None, :])
+            if step == 0:
+                total += weights
+            new = ()
+            for head in tl.static_range(HEADS_PER_STEP):
+                x = tl.load(
+                    x_ptrs + offsets[head], mask=inside[:, None] & known[None, :], other=0.0
+                )
+                acc = tl.dot(tl.trans(x), weights.to(x.dtype), sums[head], input_precision="ieee")
+                new += (acc,)  # type: ignore[assignment]
+            sums = new
+            page = load_pages(table_ptr, position + BLOCK_T, stop, BLOCK_SIZE)
+        for head in tl.static_range(HEADS_PER_STEP):
+            source = step * HEADS_PER_STEP + head
+            out_ptrs = sum_ptr + row[None, :] * F + (source * HEAD_DIM + element)[:, None]
+            out_mask = known[:, None] & ((row_source == -1) | (row_source == source))[None, :]
+            acc = sums[head]
+            if is_first == 0:
+                acc += tl.load(out_ptrs, mask=out_mask, other=0.0) * shrink[None, :]
+            tl.store(out_ptrs, acc, mask=out_mask)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots"])
+def absorbed_decode_kernel(
+    query_ptr,  # [T, query heads, HEAD_DIM]
+    pool_ptr,  # PagedFeatures.pool
+    source_offset_ptr,  # [NUM_SOURCES] int64
+    key_map_ptr,  # [NUM_ECHOED, F, HEAD_DIM]
+    key_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
+    row_query_ptr,  # [NUM_ROWS] int32
+    row_source_ptr,  # [NUM_ROWS] int32
+    table_ptr,  # [n, retained pages] int32
+    exact_ptr,  # [n, residual pages] uint8
+    query_start_loc_ptr,  # [n + 1] int32
+    seq_lens_ptr,  # [n] int32
+    item_end_ptr,  # [n] int32
+    item_len_ptr,  # [1] int32
+    coarse_ptr,
+    fine_ptr,
+    absorbed_ptr,  # [slots + programs, absorbed size]
+    offset_ptr,  # [slots + programs, NUM_BLOCKS * NUM_ECHOED * GROUP] float32
+    scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
+    sum_ptr,  # [items, ROW_PAD, F] float32
+    maximum_ptr,  # [items, ROW_PAD] float32
+    total_ptr,  # [items, ROW_PAD] float32
+    num_requests,
+    num_slots,
+    stride_query_token,
+    stride_query_head,
+    stride_table,
+    stride_exact,
+    block_stride,
+    scale_log2,
+    ROTATION_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NUM_ECHOED: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    RESIDUAL_BLOCK_SIZE: tl.constexpr,
+    NUM_REQUESTS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    SCORE_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    VALUE_T: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    VALUE_STAGES: tl.constexpr,
+    FUSED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    """Persistent programs; see the module's docstring."""
+    ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
+    F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    program = tl.program_id(0)
+    num_items = tl.load(item_end_ptr + num_requests - 1)
+    if program >= num_items:
+        return
+    item_len = tl.load(item_len_ptr)
+    absorbed_size: tl.constexpr = NUM_BLOCKS * ECHO_ROWS * F
+    scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
+    BLOCKS_PER_TILE: tl.constexpr = BLOCK_M // GROUP_PAD
+    NUM_TILES: tl.constexpr = NUM_ECHOED * ((NUM_BLOCKS + BLOCKS_PER_TILE - 1) // BLOCKS_PER_TILE)
+    chunks = tl.cdiv(item_len, CHUNK)
+    row = tl.arange(0, ROW_PAD)
+    row_query = tl.load(row_query_ptr + row, mask=row < NUM_ROWS, other=0)
+    row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
+    for item in range(program, num_items, tl.num_programs(0)):
+        request, part = find_item(item_end_ptr, item, num_requests, NUM_REQUESTS)
+        seq_len = tl.load(seq_lens_ptr + request)
+        token = tl.load(query_start_loc_ptr + request).to(tl.int64)
+        query = query_ptr + token * stride_query_token
+        table = table_ptr + request.to(tl.int64) * stride_table
+        exact = exact_ptr + request.to(tl.int64) * stride_exact
+        sums = sum_ptr + tl.cast(item, tl.int64) * (ROW_PAD * F)
+        item_start = part * item_len
+        item_stop = tl.minimum(item_start + item_len, seq_len)
+        maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
+        if FUSED:
+            total = tl.zeros([ROW_PAD, BLOCK_T], tl.float32)
+            acc = ()
+            for _ in tl.static_range(NUM_SOURCES):
+                acc += (tl.zeros([ROW_PAD, DIM_PAD], tl.float32),)  # type: ignore[assignment]
+        else:
+            total = tl.zeros([ROW_PAD], tl.float32)
+        for start in range(item_start, item_stop, CHUNK):
+            stop = tl.minimum(start + CHUNK, item_stop)
+            slot = item * chunks + (start - item_start) // CHUNK
+            if slot >= num_slots:
+                slot = num_slots + program
+            absorbed = absorbed_ptr + tl.cast(slot, tl.int64) * absorbed_size
+            offset = offset_ptr + tl.cast(slot, tl.int64) * (NUM_BLOCKS * ECHO_ROWS)
+            if slot >= num_slots:
+                for tile in range(NUM_TILES):
+                    absorb_tile(
+                        query, stride_query_head, key_map_ptr, key_bias_ptr, row_query_ptr,
+                        coarse_ptr, fine_ptr, absorbed, offset, start, stop, tile,
+                        ROTATION_BLOCK, NUM_BLOCKS, NUM_ECHOED, GROUP, NUM_SOURCES, HEAD_DIM,
+                        ROTARY_DIM, INTERLEAVED, HAS_BIAS, GROUP_PAD, BLOCK_M, HALF_PAD, DIM_PAD,
+                    )  # fmt: skip
+                # Written and read with different thread mappings.
+                tl.debug_barrier()
+            if FUSED:
+                if ONE_BLOCK and ROTATION_BLOCK != 0:
+                    origin = start // ROTATION_BLOCK * ROTATION_BLOCK
+                    for begin in range(origin, stop, ROTATION_BLOCK):
+                        block = (begin - origin) // ROTATION_BLOCK
+                        maximum, total, acc = fused_tiles(
+                            pool_ptr, block_stride, source_offset_ptr, table, exact, query,
+                            stride_query_head, absorbed + block * (ECHO_ROWS * F),
+                            offset + block * ECHO_ROWS, row_query, row_source, maximum, total, acc,
+                            tl.maximum(start, begin), tl.minimum(stop, begin + ROTATION_BLOCK),
+                            seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS, NUM_SOURCES, HEAD_DIM,
+                            HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T, ROW_PAD, DIM_PAD,
+                            True, SCORE_STAGES,
+                        )  # fmt: skip
+                else:
+                    maximum, total, acc = fused_tiles(
+                        pool_ptr, block_stride, source_offset_ptr, table, exact, query,
+                        stride_query_head, absorbed, offset, row_query, row_source, maximum, total,
+                        acc, start, stop, seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS,
+                        NUM_SOURCES, HEAD_DIM, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T,
+                        ROW_PAD, DIM_PAD, ONE_BLOCK, SCORE_STAGES,
+                    )  # fmt: skip
+            else:
+                new_maximum = absorbed_scores(
+                    pool_ptr, block_stride, source_offset_ptr, table, exact, query,
+                    stride_query_head, absorbed, offset, scores, row_query, row_source, maximum,
+                    start, stop, seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS, NUM_SOURCES,
+                    HEAD_DIM, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T, ROW_PAD,
+                    SCORE_HEADS, DIM_PAD, SCORE_STAGES,
+                )  # fmt: skip
+                tl.debug_barrier()
+                base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+                shrink = tl.exp2(maximum - base)
+                total = total * shrink + weighted_values(
+                    pool_ptr, block_stride, source_offset_ptr, table, scores, sums, base, shrink,
+                    row_source, start, stop, start == item_start,
+                    NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
+                    VALUE_STAGES,
+                )  # fmt: skip
+                maximum = new_maximum
+                tl.debug_barrier()
+        tl.store(maximum_ptr + item * ROW_PAD + row, maximum)
+        if FUSED:
+            tl.store(total_ptr + item * ROW_PAD + row, tl.sum(total, 1))
+            element = tl.arange(0, DIM_PAD)
+            for source in tl.static_range(NUM_SOURCES):
+                wanted = (row_source == -1) | (row_source == source)
+                out = sums + row[:, None] * F + (source * HEAD_DIM + element)[None, :]
+                tl.store(out, acc[source], mask=wanted[:, None] & (element < HEAD_DIM)[None, :])
+        else:
+            tl.store(total_ptr + item * ROW_PAD + row, total)

@@ -1,0 +1,299 @@
+"""Echoed decode against its parts in PyTorch: absorbed context, exact part, current token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from echokv_kernels.attention import paged_attention
+from echokv_kernels.decode import absorbed_decode
+from echokv_kernels.reconstruct import EchoMaps, FeatureSource, rebuilt_attention
+from echokv_kernels.softmax import merge_attention
+from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.tiles import split_queries
+
+HEADS = 3  # KV heads that layer 0 retains
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float16]}
+
+
+class Scene:
+    """Decodes over a paged batch; some requests are compressed."""
+
+    def __init__(
+        self, kit, device, rotation_block=64, group=2, head_dim=32, block_size=16,
+        residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
+        interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
+        full=(1,), chunk_len=128, num_programs=3, num_slots=4, num_retained=HEADS, seed=0,
+        fused_bytes=1024,
+    ):  # fmt: skip
+        self.kit, self.device, self.dtype = kit, device, dtype
+        self.rotation_block, self.group, self.full = rotation_block, group, full
+        n = len(context_lens)
+        self.batch = batch = kit.PagedBatch(
+            [1] * n, list(context_lens), num_retained, head_dim, block_size,
+            num_layers=1 + max(layer for layer, _ in sources), dtype=dtype, seed=seed,
+        )  # fmt: skip
+        pool = batch.caches[0].untyped_storage()
+        self.caches = [cache.to(torch.float32) for cache in batch.caches]
+        moved = torch.empty(0, dtype=dtype).set_(pool).to(device)
+        self.device_caches = [
+            moved.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+            for cache in batch.caches
+        ]
+        self.source_heads = [
+            (layer, list(range(num_retained)) if heads is None else list(heads))
+            for layer, heads in sources
+        ]
+        width = head_dim * sum(len(heads) for _, heads in self.source_heads)
+        shape = (num_echoed, width, head_dim)
+        randn = batch.randn
+        maps = [randn(*shape) / width**0.5, randn(*shape) / width**0.5, None, None]
+        if bias:
+            maps[2:] = randn(num_echoed, head_dim), randn(num_echoed, head_dim)
+        self.maps = EchoMaps(*(m if m is None else m.to(dtype) for m in maps))
+        self.rotary = kit.make_rotary(head_dim, rotary_dim, interleaved)
+        # The model's heads in an order of their own: echoed heads are not "the last ones".
+        order = torch.randperm(num_retained + num_echoed, generator=batch.generator).tolist()
+        self.retained, self.echoed = order[:num_retained], order[num_retained:]
+        num_heads = len(order)
+        self.query = randn(n, num_heads * group, head_dim).to(dtype)
+        self.key, self.value = (randn(n, num_heads, head_dim).to(dtype) for _ in range(2))
+        self.residual_block_size = residual_block_size
+        pages = -(-(batch.max_len) // residual_block_size)
+        self.exact = torch.rand(n, pages, generator=batch.generator) < 0.3
+        for request in full:
+            self.exact[request] = True
+        self.exact_out = randn(n, num_echoed * group, head_dim).to(dtype)
+        self.exact_lse = randn(n, num_echoed * group).float()
+        self.exact_lens = torch.tensor([request % 2 for request in range(n)], dtype=torch.int32)
+        self.exact_out[self.exact_lens == 0] = float("nan")
+        self.exact_lse[self.exact_lens == 0] = float("nan")
+        self.chunk_len, self.num_programs, self.num_slots = chunk_len, num_programs, num_slots
+        self.fused_bytes = fused_bytes
+
+    def plan(self, item_align):
+        n, batch = len(self.batch.query_lens), self.batch
+        plan = StepPlan.allocate(
+            n, batch.max_len, batch.block_size, self.residual_block_size, True, self.device
+        )
+        plan.exact.fill_(255)
+        plan.exact[:, : self.exact.shape[1]].copy_(self.exact)
+        compressed = [request for request in range(n) if request not in self.full]
+        total = sum(int(batch.seq_lens[request]) for request in compressed)
+        item_len = max(64, -(-total // self.num_programs) // item_align * item_align + item_align)
+        items = [
+            -(-int(batch.seq_lens[request]) // item_len) if request in compressed else 0
+            for request in range(n)
+        ]
+        plan.item_end.copy_(torch.tensor(items).cumsum(0))
+        plan.item_len.fill_(item_len)
+        return plan
+
+    def run(self):
+        """The kernels' output; poison where they write nothing."""
+        from echokv_kernels.gpu.decode import (
+            DecodeBatch,
+            DecodeScratch,
+            DecodeShape,
+            EchoedHeads,
+            echoed_decode,
+        )  # fmt: skip
+        from echokv_kernels.gpu.launch import DecodeTiles
+        from echokv_kernels.gpu.rotation import RotationTable
+
+        device, batch = self.device, self.batch
+        source = FeatureSource(
+            [self.device_caches[layer] for layer, _ in self.source_heads],
+            [torch.tensor(heads) for _, heads in self.source_heads],
+        )
+        places = [(layer, head) for layer, heads in self.source_heads for head in heads]
+        own = [
+            (self.retained[head], place) for place, (layer, head) in enumerate(places) if layer == 0
+        ]
+        heads = EchoedHeads.of(
+            source,
+            self.maps.to(device=device),
+            [(head, place) for place, head in enumerate(self.echoed)],
+            own,
+            self.group,
+        )
+        tiles = DecodeTiles(
+            chunk_len=self.chunk_len,
+            block_len=32,
+            max_width=2 * self.batch.head_dim,
+            value_width=2 * self.batch.head_dim,
+            value_len=64,
+            fused_bytes=self.fused_bytes,
+            hold_from=256,
+        )
+        shape = DecodeShape.of(self.rotation_block, tiles)
+        scratch = DecodeScratch.allocate(
+            [heads], shape, len(batch.query_lens), self.num_programs, self.num_slots
+        )
+        for field in dataclasses.fields(scratch):
+            memory = getattr(scratch, field.name)
+            if isinstance(memory, torch.Tensor) and memory.is_floating_point():
+                memory.fill_(float("nan"))
+        output = torch.full_like(self.query, 777.0).to(device)
+        decode_batch = DecodeBatch(
+            num_reqs=len(batch.query_lens),
+            plan=self.plan(shape.item_align),
+            retained_table=batch.block_table.to(device),
+            query_start_loc=batch.query_start_loc.to(device),
+            seq_lens=batch.seq_lens.to(device),
+            exact_lens=self.exact_lens.to(device),
+        )
+        echoed_decode(
+            output, self.query.to(device), self.key.to(device), self.value.to(device),
+            self.exact_out.to(device), self.exact_lse.to(device), heads, decode_batch, scratch,
+            shape, tiles, RotationTable.build(self.rotary.to(device), batch.max_len), batch.scale,
+        )  # fmt: skip
+        assert not scratch.counter.any()
+        return output.cpu(), [head for head, _ in own]
+
+    def rows(self, heads):
+        return (torch.tensor(heads)[:, None] * self.group + torch.arange(self.group)).flatten()
+
+    def expected(self, own):
+        """The same in float32 from the rounded inputs."""
+        batch, n = self.batch, len(self.batch.query_lens)
+        want = torch.full(self.query.shape, 777.0)
+        compressed = [request for request in range(n) if request not in self.full]
+        tiles = split_queries(batch.query_start_loc, batch.seq_lens)
+        source = FeatureSource(
+            [self.caches[layer] for layer, _ in self.source_heads],
+            [torch.tensor(heads) for _, heads in self.source_heads],
+        )
+        echo_rows = self.rows(self.echoed)
+        query = self.query.float()
+        # Un-rotated keys cannot be absorbed: their reference rebuilds them.
+        attention = rebuilt_attention if self.rotation_block == 1 else absorbed_decode
+        context = attention(
+            query[:, echo_rows], source, self.maps.to(dtype=torch.float32), batch.block_table,
+            tiles, batch.context_lens, self.exact, self.residual_block_size, self.rotary,
+            self.rotation_block, batch.scale, max_len=batch.max_len,
+        )  # fmt: skip
+        key = self.key.float()[:, self.echoed].repeat_interleave(self.group, 1)
+        value = self.value.float()[:, self.echoed].repeat_interleave(self.group, 1)
+        score = (query[:, echo_rows] * key).sum(-1) * batch.scale
+        page = (batch.seq_lens - 1).long() // self.residual_block_size
+        is_exact = self.exact[torch.arange(n), page]
+        score[is_exact] = float("-inf")
+        exact_lse = self.exact_lse.masked_fill((self.exact_lens == 0)[:, None], float("-inf"))
+        parts = [context, (self.exact_out.float().nan_to_num(), exact_lse), (value, score)]
+        merged, _ = merge_attention(parts)
+        for request in compressed:
+            want[request, echo_rows] = merged[request]
+        if own:
+            rows = self.rows(own)
+            places = [self.retained.index(head) for head in own]
+            out, _ = paged_attention(
+                query[:, rows], self.caches[0][:, places], batch.block_table, tiles, "causal",
+                batch.scale, max_len=batch.max_len,
+            )  # fmt: skip
+            for request in compressed:
+                want[request, rows] = out[request]
+        return want
+
+    def check(self):
+        got, own = self.run()
+        want = self.expected(own)
+        tolerance = {torch.float32: 5e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}[self.dtype]
+        torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
+
+
+VARIANTS = {
+    "plain": {},
+    "one of many": {"group": 1, "num_echoed": 1, "sources": ((0, [2]),)},
+    "wide group": {"group": 16, "head_dim": 64, "block_size": 48, "residual_block_size": 80},
+    "group of 3": {"group": 3, "block_size": 80, "num_echoed": 3},
+    "layers": {"sources": ((1, None), (0, [2, 0])), "head_dim": 64, "block_size": 80},
+    "anchor only": {"sources": ((1, None),), "group": 4, "bias": False},
+    "partial": {"head_dim": 96, "rotary_dim": 24, "block_size": 112, "residual_block_size": 16},
+    "interleaved": {"interleaved": True, "group": 4, "head_dim": 128, "bias": False},
+    "wide head": {"head_dim": 256, "num_retained": 1, "num_echoed": 1, "group": 4},
+}
+
+
+@pytest.mark.parametrize("rotation_block", [0, 16, 64, 256])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_its_parts(kit, device, variant, rotation_block):
+    for dtype in DTYPES[device.type]:
+        Scene(kit, device, rotation_block, dtype=dtype, **VARIANTS[variant]).check()
+
+
+UNROTATED = {
+    **{name: VARIANTS[name] for name in ("plain", "group of 3", "layers", "partial")},
+    "anchor only": {"sources": ((1, None),), "group": 4, "bias": False, "num_echoed": 4},
+    "interleaved": {"interleaved": True, "group": 4, "head_dim": 64, "num_echoed": 1},
+    "wide head": {**VARIANTS["wide head"], "chunk_len": 256},
+    "several tiles": {"chunk_len": 256, "num_programs": 1, "context_lens": (600, 300, 257)},
+}
+
+
+@pytest.mark.parametrize("variant", UNROTATED)
+def test_unrotated_matches_its_parts(kit, device, variant):
+    for dtype in DTYPES[device.type]:
+        sizes = {"context_lens": (290, 63, 15, 130, 1, 0), **UNROTATED[variant]}
+        Scene(kit, device, 1, dtype=dtype, **sizes).check()
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 385])
+def test_unrotated_odd_lengths(kit, device, length):
+    for dtype in DTYPES[device.type]:
+        Scene(kit, device, 1, context_lens=(length, length - 1), full=(), dtype=dtype).check()
+
+
+@pytest.mark.parametrize("rotation_block", [0, 64, 256])
+@pytest.mark.parametrize("variant", ["plain", "layers", "partial"])
+def test_two_loops(kit, device, variant, rotation_block):
+    """As wide features take them: first all keys, then all values."""
+    for dtype in DTYPES[device.type]:
+        Scene(
+            kit, device, rotation_block, dtype=dtype, fused_bytes=0, **VARIANTS[variant]
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation_block", [48, 112, 768])
+def test_blocks_unrelated_to_pages_and_chunks(kit, device, rotation_block):
+    for dtype in DTYPES[device.type]:
+        Scene(
+            kit, device, rotation_block, dtype=dtype,
+            context_lens=(1100, 47, 48, 49, 700),
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 127, 128, 129, 255, 500, 512])
+def test_odd_lengths(kit, device, length):
+    for dtype in DTYPES[device.type]:
+        Scene(kit, device, context_lens=(length, length - 1), full=(), dtype=dtype).check()
+
+
+def test_no_compressed_request_touches_nothing(kit, device):
+    scene = Scene(kit, device, full=range(7), dtype=DTYPES[device.type][0])
+    got, _ = scene.run()
+    assert (got == 777).all()
+
+
+def test_more_programs_than_items_and_the_reverse(kit, device):
+    for num_programs in (1, 40):
+        Scene(kit, device, num_programs=num_programs, dtype=DTYPES[device.type][0]).check()
+
+
+def test_unabsorbable_rotation_block(kit, device):
+    from echokv_kernels.gpu.decode import DecodeShape
+    from echokv_kernels.gpu.launch import DecodeTiles
+
+    with pytest.raises(ValueError, match=r"rotation_block is 24.*multiple of 16"):
+        DecodeShape.of(24, DecodeTiles())
+    shape = DecodeShape.of(1, DecodeTiles())
+    assert shape.chunk_len % shape.item_align == shape.item_align % shape.block_len == 0
+    for block in (0, 16, 48, 64, 1024, 1536, 4096):
+        shape = DecodeShape.of(block, DecodeTiles())
+        assert shape.chunk_len % shape.block_len == 0
+        assert block == 0 or block % shape.block_len == 0
+        assert dataclasses.replace(shape).num_blocks == max(
+            1, shape.chunk_len // (block or 1 << 30)
+        )
