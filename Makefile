@@ -4,11 +4,12 @@ VENV := .venv
 VLLM ?= 0.31.0
 CONTRACT_VENV := .venv-$(basename $(VLLM))
 
-.PHONY: help setup demo test nightly lint contract clean
+.PHONY: help setup demo test nightly gpu lint contract clean
 
 help:
 	@echo "make demo                   serve the tiny model on a CPU and compare the modes"
 	@echo "make test                   ruff, mypy and the tests that need no GPU"
+	@echo "make gpu                    the tests that need a GPU"
 	@echo "make nightly                the long tests: 2,000-request fuzz, reference model, processes"
 	@echo "make contract VLLM=0.31.0   tests/contract against another vLLM (0.31.0, 0.33.0)"
 	@echo "make lint                   ruff and mypy only"
@@ -34,6 +35,11 @@ test: lint
 nightly: setup
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 		$(VENV)/bin/pytest -n 2 --dist loadfile -m "nightly and not gpu"
+
+# Uses the environment it is called from: a GPU host has vLLM and torch for CUDA installed.
+gpu:
+	$(PYTHON) -m pip install --no-deps --quiet .
+	pytest -n 4 --dist loadfile -m gpu
 
 contract:
 	$(PYTHON) requirements/install_cpu.py --venv $(CONTRACT_VENV) --vllm $(VLLM)

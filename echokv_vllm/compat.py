@@ -293,3 +293,26 @@ def requested_mode(params: Any) -> str | None:
     if mode is None:
         return None
     return check_mode(mode, "The request parameter vllm_xargs.echokv")
+
+
+def has_gpu_kernels(device: Any, dtype: Any, head_dim: int) -> bool:
+    """Whether attention runs on the GPU path: CUDA, half precision, and a FlashAttention.
+
+    Elsewhere the portable path serves, which is slow and says so at start-up.
+    """
+    import torch
+
+    if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    from echokv_vllm.worker.gpu.flash import flash_version
+
+    return flash_version(head_dim) is not None
+
+
+def host_seq_lens(common: Any) -> Any:
+    """Bounds of the sequence lengths on the host, [>= n] int32; exact for prompt chunks.
+
+    0.31 has ``seq_lens_cpu`` beside or instead of the name 0.32 introduced.
+    """
+    lens = getattr(common, "seq_lens_cpu_upper_bound", None)
+    return lens if lens is not None else common.seq_lens_cpu

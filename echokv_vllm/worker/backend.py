@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -26,18 +26,19 @@ from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.specs import EchoResidualSpec, EchoRetainedSpec, spec_like
 from echokv_vllm.worker.step import EchoStep
 
+if TYPE_CHECKING:
+    from echokv_vllm.worker.gpu.step import GpuStep
+
 
 @dataclass
 class EchoMetadata(AttentionMetadata):
     """Per-group metadata: all layers of both groups look at the same step."""
 
-    step: EchoStep
+    step: EchoStep | GpuStep
 
 
 class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
     """Feeds one attention group's tables to the worker's step builder."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -47,6 +48,19 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         self.worker = context[layer_names[0]].impl.worker
         self.opens = self.worker.retained_lead in layer_names
         self.completes = self.worker.residual_lead in layer_names
+        if self.worker.gpu is not None:
+            self._init_reorder_batch_threshold(1)  # decodes first
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decode steps can be captured whole on a GPU; the portable path asks the host."""
+        if compat.has_gpu_kernels(
+            vllm_config.device_config.device,
+            vllm_config.model_config.dtype,
+            vllm_config.model_config.get_head_size(),
+        ):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -56,17 +70,11 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         if self.opens:
             steps.open(common_attn_metadata)
         if self.completes:
-            self._bind_pool()
+            # On every step: the cache is bound after this builder is made, perhaps twice.
+            self.worker.bind_pool()
             steps.complete(common_attn_metadata)
         assert steps.step is not None, "echokv: vLLM built the residual group's metadata first"
         return EchoMetadata(steps.step)
-
-    def _bind_pool(self) -> None:
-        # Looked up on every step: the cache is bound after this builder is made, perhaps twice.
-        cache = self.worker.context[self.worker.residual_lead].kv_cache
-        steps = self.worker.steps
-        if steps.owner is None or steps.owner.shape[0] != cache.shape[0]:
-            steps.bind_pool(cache.shape[0], cache.device)
 
 
 class EchoKVBackend(AttentionBackend):

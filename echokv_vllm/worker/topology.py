@@ -8,6 +8,7 @@ all heads has R pages only; one that keeps none has D pages only.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
+from echokv_vllm import compat
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.config import EchoConfig, SchedulerSettings
 from echokv_vllm.fingerprint import ModelFingerprint
@@ -28,7 +30,12 @@ from echokv_vllm.worker.refusals import UnsupportedModelError
 from echokv_vllm.worker.step import StepBuilder
 
 if TYPE_CHECKING:
+    from echokv_kernels.gpu.decode import EchoedHeads
+    from echokv_vllm.worker.gpu.step import GpuStepBuilder
+    from echokv_vllm.worker.gpu.worker import GpuWorker
     from echokv_vllm.worker.impl import EchoKVImpl
+
+logger = logging.getLogger("vllm.echokv")
 
 RESIDUAL_SUFFIX = ".echokv_residual"
 
@@ -66,14 +73,23 @@ class EchoGroupMaps:
 
     Attributes:
         maps: For the group's discarded heads.
+        places: Places of those heads among the layer's discarded heads.
         query_heads: Query heads among the layer's discarded query heads, int64.
+        own: (retained KV head, place among the sources) of the layer's own source heads.
     """
 
     def __init__(
-        self, maps: EchoMaps, query_heads: torch.Tensor, sources: list[tuple[Any, torch.Tensor]]
+        self,
+        maps: EchoMaps,
+        places: tuple[int, ...],
+        query_heads: torch.Tensor,
+        own: list[tuple[int, int]],
+        sources: list[tuple[Any, torch.Tensor]],
     ) -> None:
         self.maps = maps
+        self.places = places
         self.query_heads = query_heads
+        self.own = own
         self._sources = sources
 
     def features(self) -> FeatureSource:
@@ -81,6 +97,30 @@ class EchoGroupMaps:
         return FeatureSource(
             [layer.kv_cache for layer, _ in self._sources], [heads for _, heads in self._sources]
         )
+
+    def echoed(self, discarded: tuple[int, ...], group: int, *, bound: bool = True) -> EchoedHeads:
+        """The group as decode kernels take it.
+
+        Args:
+            discarded: The layer's discarded KV heads, in the order of its D pages.
+            group: Query heads per KV head.
+            bound: Whether the caches are bound; otherwise the result serves for sizes only.
+        """
+        from echokv_kernels.gpu.decode import EchoedHeads
+
+        return EchoedHeads.of(
+            self.features() if bound else self._unbound_features(),
+            self.maps,
+            [(discarded[place], place) for place in self.places],
+            self.own,
+            group,
+        )
+
+    def _unbound_features(self) -> FeatureSource:
+        """Sources of the right shape before any cache is bound; for sizes only."""
+        num_heads = max(int(heads.max()) + 1 for _, heads in self._sources)
+        cache = self.maps.key.new_empty((1, num_heads, 16, 2 * self.maps.head_dim))
+        return FeatureSource([cache for _ in self._sources], [heads for _, heads in self._sources])
 
 
 class EchoWorker:
@@ -93,6 +133,7 @@ class EchoWorker:
         steps: Per-step metadata and page stamps.
         layer_names: This rank's attention layers in model order; empty before the model is loaded.
         rotary: The model's rotary embedding, on the worker's device.
+        gpu: What the GPU path keeps; None where attention is portable.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -105,6 +146,7 @@ class EchoWorker:
         self.device = device
         self.context = vllm_config.compilation_config.static_forward_context
         self.layer_names: list[str] = []
+        self._pool: tuple[int, int] | None = None
         # vLLM builds models with the accelerator as default device.
         with torch.device("cpu"):
             self.config = EchoConfig.parse(vllm_config.additional_config)
@@ -128,7 +170,21 @@ class EchoWorker:
         )
         sizes = layout.block_sizes()
         self.settings = _scheduler_settings(vllm_config, self.config, self.checkpoint, sizes)
-        self.steps = StepBuilder(sizes.retained, sizes.residual)
+        self.gpu: GpuWorker | None = None
+        self.steps: StepBuilder | GpuStepBuilder = StepBuilder(sizes.retained, sizes.residual)
+        if compat.has_gpu_kernels(device, model_config.dtype, self.rotary.head_dim):
+            from echokv_vllm.worker.gpu.worker import GpuWorker
+
+            self.gpu = GpuWorker(vllm_config, device, sizes, self.rotary, self.checkpoint)
+            self.steps = self.gpu.steps
+        elif device.type == "cuda":
+            logger.warning(
+                "EchoKV: %s with heads of %d elements runs on the portable path, without CUDA "
+                "graphs and several times slower; use float16 or bfloat16 on a GPU that vLLM's "
+                "FlashAttention supports",
+                model_config.dtype,
+                self.rotary.head_dim,
+            )
 
     def adopt_layers(self) -> None:
         """Gives every attention layer its role, once the model is loaded. May be called again.
@@ -142,6 +198,19 @@ class EchoWorker:
         for name in self.layer_names:
             self._add_layer(name, self.device)
         self.retained_lead, self.residual_lead = self._leads()
+        if self.gpu is not None:
+            self.gpu.adopt([self.context[name] for name in self.layer_names])
+
+    def bind_pool(self) -> None:
+        """Takes over the cache vLLM has bound; it may do so again (graph memory profiling)."""
+        cache = self.context[self.residual_lead].kv_cache
+        pool = (cache.data_ptr(), cache.shape[0])
+        if pool == self._pool:
+            return
+        self._pool = pool
+        if self.gpu is not None:
+            self.gpu.bind()
+        self.steps.bind_pool(cache.shape[0], cache.device)
 
     def _find_layers(self) -> list[str]:
         from echokv_vllm.worker.impl import EchoKVImpl
@@ -213,8 +282,14 @@ class EchoWorker:
                 (self.layer_at(source, index), torch.tensor(places, device=device))
                 for source, places in group.sources
             ]
+            flat = [(source, place) for source, places in group.sources for place in places]
+            own = [
+                (rank_layer.retained[place], number)
+                for number, (source, place) in enumerate(flat)
+                if source == index
+            ]
             heads = query_heads(group.discarded, layer.num_heads // layer.num_kv_heads)
-            groups.append(EchoGroupMaps(maps, heads.to(device), sources))
+            groups.append(EchoGroupMaps(maps, group.discarded, heads.to(device), own, sources))
         return groups
 
     def _leads(self) -> tuple[str, str]:

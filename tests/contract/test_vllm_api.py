@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import inspect
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,3 +248,42 @@ def test_configuration_has_the_fields_the_start_up_checks_read():
     assert {"speculative_config", "kv_transfer_config", "additional_config"} <= fields(VllmConfig)
     assert "method" in fields(SpeculativeConfig)
     assert {"use_mla", "use_sparse"} <= set(AttentionSelectorConfig._fields)
+
+
+def test_what_the_gpu_path_reads_is_there():
+    from vllm.config.attention import AttentionConfig
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.attention.backends import fa_utils
+
+    from echokv_vllm.worker.gpu.flash import flash_prefill  # noqa: F401  imports on any platform
+
+    assert callable(fa_utils.get_flash_attn_version)
+    assert callable(fa_utils.is_flash_attn_varlen_func_available)
+    assert hasattr(AttentionConfig(), "flash_attn_max_num_splits_for_cuda_graph")
+    names = {"seq_lens_cpu_upper_bound", "seq_lens_cpu"}
+    assert any(hasattr(CommonAttentionMetadata, name) for name in names)
+    assert callable(AttentionMetadataBuilder._init_reorder_batch_threshold)
+    arguments = flash_attention_arguments()
+    assert {
+        "q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "seqused_k", "softmax_scale",
+        "causal", "block_table", "return_softmax_lse", "out", "scheduler_metadata", "num_splits",
+        "fa_version",
+    } <= arguments["flash_attn_varlen_func"]  # fmt: skip
+    assert {
+        "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim",
+        "cache_seqlens", "qkv_dtype", "cu_seqlens_q", "page_size", "causal", "num_splits",
+    } <= arguments["get_scheduler_metadata"]  # fmt: skip
+
+
+def flash_attention_arguments() -> dict[str, set[str]]:
+    """Of the functions in vLLM's FlashAttention interface, which cannot be imported on a CPU."""
+    import vllm
+
+    source = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = [
+        node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    return {
+        node.name: {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+        for node in functions
+    }

@@ -52,7 +52,8 @@ class Shadow:
         if step is not self._step:
             self._step, self._reads = step, self._accepted_tokens(impl.worker.steps)
             self.num_steps += 1
-        fresh = torch.cat((key[:, impl.discarded], value[:, impl.discarded]), dim=-1)
+        heads = impl.attention.discarded
+        fresh = torch.cat((key[:, heads], value[:, heads]), dim=-1)
         num_slots = cache.shape[0] * impl.worker.steps.retained_block_size
         copy = self.copies.setdefault(impl.layer_name, fresh.new_zeros(num_slots, *fresh.shape[1:]))
         copy[step.retained_slots[: step.num_tokens]] = fresh[: step.num_tokens]

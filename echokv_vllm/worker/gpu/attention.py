@@ -1,0 +1,319 @@
+"""Attention of one layer on a GPU.
+
+Decodes: one call of stock attention over exact pages (R and D rows of a request side by side
+where the plan allows it), then the echo kernels, which end at once for requests that are not
+compressed. Prompt chunks: stock attention over R and D pages; for compressed requests the
+discarded heads go round by round through the workspace instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from echokv_kernels.gpu.decode import EchoedHeads, echoed_decode
+from echokv_kernels.gpu.launch import DECODE
+from echokv_kernels.gpu.merge import merge_partial, write_merged
+from echokv_kernels.gpu.rebuild import materialize
+from echokv_kernels.gpu.store import place_heads, store_pages
+from echokv_vllm.worker.gpu.flash import flash_prefill, keys_and_values
+from echokv_vllm.worker.gpu.memory import GpuMemory
+from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound, PrefillStep
+from echokv_vllm.worker.gpu.step import DISCARDED, PAIRED, RETAINED, WHOLE, GpuStep, GpuStepBuilder
+from echokv_vllm.worker.rank_plan import RankLayer
+
+if TYPE_CHECKING:
+    from echokv_vllm.worker.topology import EchoGroupMaps
+
+
+class GpuAttention:
+    """Stores and attends for one layer.
+
+    Args:
+        layer: vLLM's attention layer.
+        rank_layer: The heads this rank keeps and discards.
+        groups: How the discarded heads are rebuilt.
+        steps: The worker's step builder.
+        memory: The worker's buffers.
+        version: FlashAttention's version.
+        rotation_block: Of the checkpoint's maps.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        rank_layer: RankLayer,
+        groups: list[EchoGroupMaps],
+        steps: GpuStepBuilder,
+        memory: GpuMemory,
+        version: int,
+        rotation_block: int,
+    ) -> None:
+        impl = layer.impl
+        device = impl.device
+        self.layer, self.rank_layer = layer, rank_layer
+        self.steps, self.memory, self.version = steps, memory, version
+        self.rotation_block, self.scale = rotation_block, impl.scale
+        self.group = impl.num_heads // impl.num_kv_heads
+        self.head_dim = impl.head_size
+        retained, discarded = rank_layer.retained, rank_layer.discarded
+        self.head_places = place_heads(retained, discarded, device)
+        self.row_order = query_rows((*retained, *discarded), self.group, device)
+        self.in_order = (*retained, *discarded) == tuple(range(impl.num_kv_heads))
+        self.discarded = torch.tensor(discarded, dtype=torch.int32, device=device)
+        self.num_retained_rows = len(retained) * self.group
+        self.discarded_rows = self.row_order[self.num_retained_rows :].to(torch.int32)
+        self.groups = groups
+        self.group_heads = [
+            torch.tensor(group.places, dtype=torch.int32, device=device) for group in groups
+        ]
+        # Retained heads that no echo group attends to must be read in full by stock attention.
+        self.covers_retained = covers_retained(rank_layer, groups)
+        self.retained_part = RETAINED if self.covers_retained else WHOLE
+        self.echoed: list[EchoedHeads] = []
+
+    def bind(self) -> None:
+        """Looks up where the pages lie; again whenever vLLM binds another cache."""
+        self.echoed = [group.echoed(self.rank_layer.discarded, self.group) for group in self.groups]
+
+    def has_paired_pages(self) -> bool:
+        """Whether the D page of a block lies where its R page would."""
+        own, residual = self.layer.kv_cache, self.layer.impl.residual_layer.kv_cache
+        same = (own.shape, own.stride(), own.data_ptr())
+        return same == (residual.shape, residual.stride(), residual.data_ptr())
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        residual_slots: torch.Tensor | None,
+    ) -> None:
+        """Writes the step's keys and values [T, H, d] into R and D pages."""
+        retained = kv_cache if self.rank_layer.retained else None
+        store_pages(
+            key,
+            value,
+            retained,
+            residual_cache,
+            slot_mapping if retained is not None else None,
+            residual_slots,
+            self.head_places,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of the step's tokens into ``output`` [T, num_heads, d].
+
+        Args:
+            query: [T, num_heads, d].
+            key: [T, H, d], this step's.
+            value: [T, H, d].
+            kv_cache: The layer's own view.
+            residual_cache: The layer's D view, None where nothing is discarded.
+            step: The batch.
+            output: Written.
+        """
+        if step.num_decodes:
+            self._decode(query, key, value, kv_cache, residual_cache, step, output)
+        if step.prefill is not None:
+            self._prefill(query, key, value, kv_cache, residual_cache, step, output)
+
+    # Decode -----------------------------------------------------------------------------
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> None:
+        n = step.num_decodes
+        rows = query[:n] if self.in_order else query[:n].index_select(1, self.row_order)
+        out = output[:n] if self.in_order else torch.empty_like(rows)
+        lse: torch.Tensor | None
+        if self.steps.paired:
+            lse = self._attend_paired(rows, kv_cache, step, out)
+        else:
+            lse = self._attend_apart(rows, kv_cache, residual_cache, step, out)
+        if not self.in_order:
+            output[:n].index_copy_(1, self.row_order, out)
+        for heads in self.echoed:
+            assert step.decodes is not None and lse is not None
+            echoed_decode(
+                output,
+                query,
+                key,
+                value,
+                out[:, self.num_retained_rows :],
+                lse,
+                heads,
+                step.decodes,
+                self.memory.scratch,
+                self.memory.shape,
+                DECODE,
+                self.memory.rotation,
+                self.scale,
+            )
+
+    def _attend_paired(
+        self, rows: torch.Tensor, kv_cache: torch.Tensor, step: GpuStep, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Stock attention over both groups at once; the D half's log-sum-exp [n, rows]."""
+        n, half = rows.shape[0], self.num_retained_rows
+        shape = (2 * n, half, self.head_dim)
+        schedule = self.steps.schedules[PAIRED, len(self.rank_layer.retained)]
+        table, _ = self.steps.rows(PAIRED, n)
+        lse = schedule.attend(rows.reshape(shape), kv_cache, table, out.view(shape), self.scale)
+        return lse.view(half, n, 2)[:, :, 1].T
+
+    def _attend_apart(
+        self,
+        rows: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        out: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Stock attention group by group; the D rows' log-sum-exp [n, rows]."""
+        n, half = rows.shape[0], self.num_retained_rows
+        lse = None
+        if self.rank_layer.retained:
+            part = self.retained_part
+            schedule = self.steps.schedules[part, len(self.rank_layer.retained)]
+            table = step.retained_table[:n]
+            schedule.attend(rows[:, :half], kv_cache, table, out[:, :half], self.scale)
+        if residual_cache is not None:
+            schedule = self.steps.schedules[DISCARDED, len(self.rank_layer.discarded)]
+            table, _ = self.steps.rows(DISCARDED, n)
+            lse = schedule.attend(
+                rows[:, half:], residual_cache, table, out[:, half:], self.scale
+            ).T
+        return lse
+
+    # Prefill ----------------------------------------------------------------------------
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> None:
+        prefill, half = step.prefill, self.num_retained_rows
+        assert prefill is not None
+        tokens = slice(prefill.first_token, prefill.first_token + prefill.num_tokens)
+        requests = slice(prefill.first_request, step.num_reqs)
+        rows = query[tokens] if self.in_order else query[tokens].index_select(1, self.row_order)
+        out = output[tokens] if self.in_order else torch.empty_like(rows)
+        if self.rank_layer.retained:
+            self._attend_pages(
+                rows[:, :half], kv_cache, step.retained_table[requests], prefill.seq_lens,
+                prefill, out[:, :half],
+            )  # fmt: skip
+        if residual_cache is not None:
+            self._attend_pages(
+                rows[:, half:], residual_cache, step.residual_table[requests],
+                prefill.residual_lens, prefill, out[:, half:],
+            )  # fmt: skip
+        if not self.in_order:
+            output[tokens].index_copy_(1, self.row_order, out)
+        if residual_cache is None:
+            return
+        merged, merged_lse = self._merge_buffers(prefill.num_tokens)
+        for round_ in prefill.rounds:
+            self._attend_round(
+                rows[:, half:], key, value, residual_cache, step, prefill, round_, merged,
+                merged_lse,
+            )  # fmt: skip
+        write_merged(
+            output[tokens], merged, self.discarded_rows, prefill.token_request,
+            self.steps.plan.compressed,
+        )  # fmt: skip
+
+    def _attend_pages(
+        self,
+        rows: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        lens: torch.Tensor,
+        prefill: PrefillStep,
+        out: torch.Tensor,
+    ) -> None:
+        flash_prefill(
+            self.version, rows, *keys_and_values(cache), table, lens, prefill.max_seq_len,
+            prefill.query_start_loc, prefill.max_query_len, out, self.scale, causal=True,
+        )  # fmt: skip
+
+    def _merge_buffers(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = len(self.rank_layer.discarded) * self.group
+        shape = (num_tokens, rows, self.head_dim)
+        merged = self.memory.merged[: num_tokens * rows * self.head_dim].view(shape)
+        return merged, self.memory.merged_lse[: num_tokens * rows].view(rows, num_tokens)
+
+    def _attend_round(
+        self,
+        rows: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        residual_cache: torch.Tensor,
+        step: GpuStep,
+        prefill: PrefillStep,
+        round_: PrefillRound,
+        merged: torch.Tensor,
+        merged_lse: torch.Tensor,
+    ) -> None:
+        """One round of compressed chunks: fill the workspace, attend, merge."""
+        num_tiles, num_heads = round_.tile_request.shape[0], len(self.rank_layer.discarded)
+        slot = num_heads * 2 * self.head_dim
+        workspace = self.memory.workspace[: num_tiles * TILE * slot]
+        workspace = workspace.view(num_tiles, TILE, num_heads, 2, self.head_dim)
+        plan = self.steps.plan
+        for heads, group_heads in zip(self.echoed, self.group_heads, strict=True):
+            materialize(
+                workspace, round_.tile_request, round_.tile_start, heads.features, heads.maps,
+                group_heads, residual_cache, step.residual_table, plan.exact, plan.compressed,
+                step.retained_table, step.seq_lens, step.context_lens, step.query_start_loc, key,
+                value, self.discarded, self.memory.rotation, self.rotation_block,
+            )  # fmt: skip
+        tokens = slice(round_.first_token, round_.first_token + round_.num_tokens)
+        part = self.memory.part[: round_.num_tokens * rows.shape[1] * self.head_dim]
+        part = part.view(round_.num_tokens, rows.shape[1], self.head_dim)
+        lse = flash_prefill(
+            self.version, rows[tokens], workspace[:, :, :, 0], workspace[:, :, :, 1],
+            round_.table, round_.lens, round_.max_len, round_.query_start_loc,
+            round_.max_query_len, part, self.scale, causal=round_.is_chunk,
+        )  # fmt: skip
+        merge_partial(
+            merged, merged_lse, part, lse, prefill.token_request, plan.compressed,
+            first_token=round_.first_token, is_first=round_.is_chunk,
+        )  # fmt: skip
+
+
+def query_rows(kv_heads: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
+    """[len(kv_heads) * group] int64: the query heads of some KV heads, in order."""
+    heads = torch.tensor(kv_heads, dtype=torch.int64)
+    return (heads[:, None] * group + torch.arange(group)).flatten().to(device)
+
+
+def covers_retained(rank_layer: RankLayer, groups: list[EchoGroupMaps]) -> bool:
+    """Whether every retained head is a source of exactly one of the layer's echo groups."""
+    covered = [head for group in groups for head, _ in group.own]
+    return sorted(covered) == sorted(rank_layer.retained)
