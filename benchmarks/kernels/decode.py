@@ -67,9 +67,9 @@ def only(name: str) -> Iterator[None]:
             setattr(decode, kernel, value)
 
 
-def all_cases() -> list[EchoCase]:
+def all_cases(contexts: bool) -> list[EchoCase]:
     cases = [EchoCase(*plan, *shape) for shape in SHAPES for plan in PLANS]
-    more = [EchoCase(*plan, 8, length) for plan in PLOTTED for length in CONTEXTS]
+    more = [EchoCase(*plan, 8, length) for plan in PLOTTED for length in CONTEXTS if contexts]
     return cases + [case for case in more if case not in cases]
 
 
@@ -167,10 +167,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where results.json and table.md go")
-    folder = parser.parse_args().folder
+    parser.add_argument("--no-contexts", action="store_true", help="leave the plot's sweep out")
+    options = parser.parse_args()
+    folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.time()
-    cases = all_cases()
+    cases = all_cases(not options.no_contexts)
     short = {EchoCase(case.preset, case.rotation_block, case.num_reqs, 512) for case in cases}
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1)) as pool:
         pool.map(compile_case, sorted(short, key=str), chunksize=1)
