@@ -14,7 +14,8 @@ number of tokens it may read. Part 0 is R, part 1 is D:
     prefill, compressed        R table, seq_len         D table, 0
 
 Compressed decodes are read in work items of equal length L over all of their tokens: request i
-has ceil(seq_len / L) of them, other requests none.
+has ceil(seq_len / L) of them, other requests none. L leaves room for every request's last item,
+which is shorter: a few items more than programs would take a second round, as long as the first.
 """
 
 from __future__ import annotations
@@ -229,7 +230,9 @@ def plan_step(
         seq_lens: [>= n] int32, tokens of each request including this step's. They must fit the
             tables and the plan.
         num_reqs: n, requests of the step including padding.
-        num_items: work items to aim at; there may be up to one more per request.
+        num_items: work items to aim at. Each request may add one that is not full: with up to
+            half as many requests there are never more than `num_items`, with more requests up
+            to one more per request.
         item_align: `item_len` is a multiple of it, tokens.
         min_item_len: `item_len` is at least this, tokens.
 
@@ -251,7 +254,10 @@ def plan_step(
     _plan_rows(plan, owner, retained, residual, decode, lens)
 
     item_tokens = torch.where(decode & plan.compressed[:num_reqs].bool(), lens, 0)
-    item_len = _ceil_div(item_tokens.sum(), num_items).clamp(min=min_item_len)
+    num_compressed = (item_tokens > 0).sum()
+    spare = num_items - num_compressed
+    num_whole = torch.where(spare >= num_compressed, spare, num_items)
+    item_len = _ceil_div(item_tokens.sum(), num_whole).clamp(min=min_item_len)
     item_len = _ceil_div(item_len, item_align) * item_align
     plan.item_len.copy_(item_len)
     ends = ((item_tokens + item_len - 1) // item_len).cumsum(0)

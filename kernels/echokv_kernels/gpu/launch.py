@@ -94,7 +94,7 @@ class AbsorbTiles:
     members: int = 4
     max_sources: int = 4
     requests: int = 32
-    programs_per_program: int = 2
+    programs_per_program: int = 4
     num_warps: int = 4
 
     def parts(self, group: int, num_sources: int, rotation_block: int) -> tuple[int, int]:

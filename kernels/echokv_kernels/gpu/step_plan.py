@@ -154,7 +154,10 @@ def _items_kernel(
     compressed = tl.load(compressed_ptr + request, mask=known, other=0)
     tokens = tl.where((query_len == 1) & (compressed != 0), seq_len, 0)
     total_len = tl.sum(tokens.to(tl.int64), 0)
-    item_len = tl.maximum((total_len + num_items - 1) // num_items, min_item_len)
+    num_compressed = tl.sum((tokens > 0).to(tl.int32), 0)
+    spare = num_items - num_compressed
+    num_whole = tl.where(spare >= num_compressed, spare, num_items)
+    item_len = tl.maximum((total_len + num_whole - 1) // num_whole, min_item_len)
     item_len = ((item_len + item_align - 1) // item_align * item_align).to(tl.int32)
     items = (tokens + item_len - 1) // item_len
     tl.store(item_end_ptr + request, tl.cumsum(items, 0), mask=known)

@@ -97,7 +97,10 @@ class Batch:
             plan.lens[rows[0]] = 0 if decode and missing else seq_len
             plan.lens[rows[1]] = readable_len if decode or not missing else 0
             totals.append(seq_len if decode and missing else 0)
-        item_len = max(min_item_len, -(-sum(totals) // num_items))
+        # Room for the last item of each request, unless most items would be last ones.
+        count = sum(total > 0 for total in totals)
+        whole = num_items - count if num_items >= 2 * count else num_items
+        item_len = max(min_item_len, -(-sum(totals) // whole))
         item_len = -(-item_len // item_align) * item_align
         plan.item_len[0] = item_len
         ends = 0
@@ -214,10 +217,21 @@ def test_items_cover_compressed_decodes(device):
     for request in (0, 1, 3):
         batch.lose(request, 0)
     plan = check(batch, num_items=5, item_align=48, min_item_len=16)
-    # 757 tokens over 5 items are 152, rounded up to 192.
-    assert plan.item_len.tolist() == [192] and plan.item_end[:4].tolist() == [3, 3, 3, 5]
+    # 757 tokens over 5 items, less one per compressed request, are 253, rounded up to 288.
+    assert plan.item_len.tolist() == [288] and plan.item_end[:4].tolist() == [2, 2, 2, 3]
     plan = check(batch, num_items=1000, item_align=16, min_item_len=17)
     assert plan.item_len.tolist() == [32] and plan.item_end[:4].tolist() == [16, 16, 16, 25]
+
+
+@pytest.mark.parametrize("length", [500, 511, 512, 513, 1024, 1030])
+def test_as_many_items_as_programs_at_most(device, length):
+    # Equal requests just longer than a multiple of the item would each add a tiny item.
+    batch = Batch([1] * 4, [length] * 4, (16, 16), device, lost=0.5)
+    for request in range(4):
+        batch.lose(request, 0)
+    for num_items in (8, 16, 33):
+        plan = check(batch, num_items=num_items, item_align=16, min_item_len=16)
+        assert 4 <= int(plan.item_end[3]) <= num_items
 
 
 def test_plans_of_unpadded_steps_fit_exactly(device):
