@@ -162,7 +162,7 @@ def check_step(
             raise ValueError(f"{name} has dtype {tensor.dtype}; pass int32 or int64")
 
 
-def _ceil_div(number: torch.Tensor, divisor: int) -> torch.Tensor:
+def _ceil_div(number: torch.Tensor, divisor: int | torch.Tensor) -> torch.Tensor:
     return (number + divisor - 1) // divisor
 
 

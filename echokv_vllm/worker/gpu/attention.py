@@ -8,6 +8,7 @@ discarded heads go round by round through the workspace instead.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,42 @@ class GpuAttention:
     def bind(self) -> None:
         """Looks up where the pages lie; again whenever vLLM binds another cache."""
         self.echoed = [group.echoed(self.rank_layer.discarded, self.group) for group in self.groups]
+
+    def warm_up(self, max_model_len: int) -> None:
+        """Compiles the kernels of compressed prompt chunks, which capturing graphs does not run.
+
+        Otherwise the first chunk a server is given would wait for them. Nothing is written: the
+        only tile is unused and all tokens are padding.
+        """
+        assert self.echoed, "echokv: nothing is echoed in this layer, or no cache is bound"
+        device = self.discarded.device
+        plan, num_tokens = self.steps.plan, 16
+        impl = self.layer.impl
+        none = torch.zeros(2, dtype=torch.int32, device=device)
+        unused = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
+        tables = [
+            torch.zeros(1, -(-max_model_len // size), dtype=torch.int32, device=device)
+            for size in (plan.retained_block_size, plan.residual_block_size)
+        ]
+        dtype = self.memory.workspace.dtype
+        fresh = torch.zeros(1, impl.num_kv_heads, self.head_dim, dtype=dtype, device=device)
+        workspace = self._workspace(1)
+        for heads, group_heads in zip(self.echoed, self.group_heads, strict=True):
+            materialize(
+                workspace, unused[:1], none[:1], heads.features, heads.maps, group_heads,
+                impl.residual_layer.kv_cache, tables[1], plan.exact, plan.compressed, tables[0],
+                none[:1], none[:1], none, fresh, fresh, self.discarded, self.memory.rotation,
+                self.rotation_block,
+            )  # fmt: skip
+        merged, lse = self._merge_buffers(num_tokens)
+        part = torch.zeros(merged.shape, dtype=dtype, device=device)
+        for is_first in (True, False):
+            merge_partial(
+                merged, lse, part, torch.zeros_like(lse), unused, plan.compressed,
+                first_token=0, is_first=is_first,
+            )  # fmt: skip
+        output = torch.zeros(num_tokens, impl.num_heads, self.head_dim, dtype=dtype, device=device)
+        write_merged(output, merged, self.discarded_rows, unused, plan.compressed)
 
     def has_paired_pages(self) -> bool:
         """Whether the D page of a block lies where its R page would."""
@@ -268,6 +305,11 @@ class GpuAttention:
         merged = self.memory.merged[: num_tokens * rows * self.head_dim].view(shape)
         return merged, self.memory.merged_lse[: num_tokens * rows].view(rows, num_tokens)
 
+    def _workspace(self, num_tiles: int) -> torch.Tensor:
+        """[num_tiles, TILE, nd, 2, d]"""
+        shape = (num_tiles, TILE, len(self.rank_layer.discarded), 2, self.head_dim)
+        return self.memory.workspace[: math.prod(shape)].view(shape)
+
     def _attend_round(
         self,
         rows: torch.Tensor,
@@ -281,11 +323,7 @@ class GpuAttention:
         merged_lse: torch.Tensor,
     ) -> None:
         """One round of compressed chunks: fill the workspace, attend, merge."""
-        num_tiles, num_heads = round_.tile_request.shape[0], len(self.rank_layer.discarded)
-        slot = num_heads * 2 * self.head_dim
-        workspace = self.memory.workspace[: num_tiles * TILE * slot]
-        workspace = workspace.view(num_tiles, TILE, num_heads, 2, self.head_dim)
-        plan = self.steps.plan
+        workspace, plan = self._workspace(round_.tile_request.shape[0]), self.steps.plan
         for heads, group_heads in zip(self.echoed, self.group_heads, strict=True):
             materialize(
                 workspace, round_.tile_request, round_.tile_start, heads.features, heads.maps,

@@ -45,6 +45,7 @@ class GpuWorker:
         self.rotation_block = checkpoint.rotation_block
         self.steps = GpuStepBuilder(sizes.retained, sizes.residual, vllm_config, device)
         self.layers: list[GpuAttention] = []
+        self._is_warm = False
 
     def adopt(self, layers: list[Any]) -> None:
         """Makes buffers and schedules for the worker's layers, and each one's attention."""
@@ -133,3 +134,12 @@ class GpuWorker:
                 "once per group and decode steps of full requests are slower"
             )
             self._configure(paired=False)
+        if not self._is_warm:
+            self._is_warm = True
+            kinds = {
+                (len(layer.rank_layer.discarded), tuple(h.maps.width for h in layer.echoed)): layer
+                for layer in self.layers
+                if layer.echoed
+            }
+            for layer in kinds.values():
+                layer.warm_up(self.steps.max_model_len)
