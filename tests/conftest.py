@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+# Triton reads it when it is imported, which other tests do too: without a GPU its kernels run in
+# the interpreter. Device files, not torch.cuda: most runs need no torch here.
+if not list(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
