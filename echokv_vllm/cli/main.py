@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from echokv_vllm import __version__
 
-COMMAND_MODULES = ("echokv_vllm.cli.train", "echokv_vllm.cli.demo")
+COMMAND_MODULES = ("echokv_vllm.cli.train", "echokv_vllm.cli.eval", "echokv_vllm.cli.demo")
 """Modules of the subcommands, in the order of the help text. Register a new one here."""
 
 

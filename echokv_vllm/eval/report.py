@@ -1,0 +1,146 @@
+"""The report of an evaluation: JSON-able data, and a Markdown table drawn from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echokv_vllm.eval.divergence import Divergence
+from echokv_vllm.eval.footprint import Footprint
+from echokv_vllm.eval.interval import mean_estimate, score_estimate
+
+JSON_FILE = "eval.json"
+MARKDOWN_FILE = "eval.md"
+
+
+def key_space(rotation_block: int) -> str:
+    """Name of the space the key maps live in."""
+    return {0: "absolute", 1: "un-rotated"}.get(rotation_block, f"B = {rotation_block}")
+
+
+def row_head(
+    model: str, plan: str, space: str, ratio: float | None, size: Footprint | None, length: int
+) -> dict[str, Any]:
+    """What every row says about the cache it measured."""
+    return {
+        "model": model,
+        "plan": plan,
+        "key_space": space,
+        "ratio": ratio,
+        "length": length,
+        "bytes_per_token": size.at_length if size else None,
+        "retained_bytes_per_token": size.retained if size else None,
+        "full_bytes_per_token": size.full if size else None,
+        "map_bytes": size.maps if size else None,
+    }
+
+
+def divergence_rows(head: dict[str, Any], result: Divergence, samples: int) -> list[dict[str, Any]]:
+    """Rows of the divergence; what compares has the full cache's own value beside it."""
+    if result.perplexity is None:
+        return [
+            {**head, "measure": "perplexity", "samples": samples}
+            | {"score": asdict(result.perplexity_full), "full": None}
+        ]
+    measures = (
+        ("perplexity", result.perplexity, asdict(result.perplexity_full)),
+        ("perplexity increase", result.perplexity_increase, None),
+        ("top-1 agreement", result.top1_agreement, None),
+        ("KL(full, echo)", result.kl, None),
+    )
+    return [
+        {**head, "measure": name, "samples": samples, "full": full}
+        | {"score": asdict(estimate) if estimate else None}
+        for name, estimate, full in measures
+    ]
+
+
+def task_row(
+    head: dict[str, Any],
+    task: str,
+    scores: Sequence[float],
+    full_scores: Sequence[float] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Row of one task and length; scores are shares of references found, 0 to 1."""
+    mine = torch.tensor(scores, dtype=torch.float64)
+    row = {
+        **head,
+        "measure": task,
+        "samples": len(scores),
+        "score": asdict(score_estimate(mine, seed)),
+        "full": None,
+        "scores": list(scores),
+    }
+    if full_scores is not None:
+        full = torch.tensor(full_scores, dtype=torch.float64)
+        row["full"] = asdict(score_estimate(full, seed))
+        row["difference"] = asdict(mean_estimate(mine - full, seed))
+        row["full_scores"] = list(full_scores)
+    return row
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Table of a report, with a line on how it was made."""
+    lines = [
+        "# EchoKV evaluation",
+        "",
+        "Brackets hold 95 % intervals. Task scores are in per cent of reference strings found. "
+        "KL is in nats.",
+        "",
+        "| model | plan | key space | ratio | bytes/token (full) | length | measure | samples "
+        "| score | full cache, same run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_table_row(row) for row in report["rows"]),
+        "",
+        *(f"- {name}: {value}" for name, value in report["settings"].items()),
+        *(f"- {name}: {value}" for name, value in report["versions"].items()),
+        f"- commit: {report['git_commit']}",
+        f"- date: {report['date']}",
+        f"- command: `{report['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    size = "–"
+    if row["bytes_per_token"] is not None:
+        size = f"{row['bytes_per_token']:,.0f} ({row['full_bytes_per_token']:,})"
+    ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
+    columns = (
+        Path(row["model"]).name, row["plan"], row["key_space"], ratio, size, row["length"],
+        row["measure"], row["samples"], _shown(row["measure"], row["score"]),
+        _shown(row["measure"], row["full"]) if row["full"] else "–",
+    )  # fmt: skip
+    return "| " + " | ".join(str(column) for column in columns) + " |"
+
+
+def _shown(measure: str, estimate: dict[str, float]) -> str:
+    numbers = [estimate[name] for name in ("value", "low", "high")]
+    if measure == "perplexity":
+        value, low, high = (f"{number:.3f}" for number in numbers)
+    elif measure.startswith("KL"):
+        value, low, high = (f"{number:.5f}" for number in numbers)
+    else:
+        value, low, high = (f"{100 * number:.2f}" for number in numbers)
+        value += " %"
+    return f"{value} [{low}, {high}]"
+
+
+def write(report: dict[str, Any], folder: str) -> tuple[Path, Path]:
+    """Write both files into `folder`, which is made if need be.
+
+    Returns:
+        The JSON and the Markdown file.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    json_file, markdown_file = target / JSON_FILE, target / MARKDOWN_FILE
+    json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    markdown_file.write_text(markdown(report), encoding="utf-8")
+    return json_file, markdown_file

@@ -1,0 +1,241 @@
+"""An evaluation from options to report; cheap checks come before expensive work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from echokv_vllm import __version__
+from echokv_vllm.checkpoint import EchoCheckpoint
+from echokv_vllm.eval import report as reports
+from echokv_vllm.eval.attention import Window, install
+from echokv_vllm.eval.divergence import draw_sequences, measure_divergence
+from echokv_vllm.eval.endpoint import EndpointBackend
+from echokv_vllm.eval.footprint import footprint
+from echokv_vllm.eval.offline import OfflineBackend
+from echokv_vllm.eval.options import EvalOptions
+from echokv_vllm.eval.rebuild import HeadRebuilder
+from echokv_vllm.eval.tasks import Material, make_prompts, resolve_tasks
+from echokv_vllm.eval.tasks.haystack import load_essays
+from echokv_vllm.fingerprint import ModelFingerprint
+from echokv_vllm.rope import rotary_from_config
+from echokv_vllm.train.capture import check_rotary, check_supported
+from echokv_vllm.train.model import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from echokv_vllm.train.report import git_commit
+
+_DEFAULT_RECENT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured."""
+
+    options: EvalOptions
+    config: Any
+    tokenizer: Any
+    checkpoint: EchoCheckpoint | None
+    window: Window
+    tasks: tuple[str, ...]
+
+    def row_head(self, length: int, mode: str) -> dict[str, Any]:
+        model, checkpoint = self.options.model, self.checkpoint
+        if mode == "full":
+            return reports.row_head(model, "full cache", "–", 1.0, None, length)
+        if checkpoint is None:  # an endpoint whose checkpoint was not named
+            return reports.row_head(model, f"endpoint, {mode}", "–", None, None, length)
+        stored = getattr(self.config, "dtype", None)
+        itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
+        # In mode auto a request's bytes depend on the memory pressure of the moment.
+        size = None
+        if mode == "compressed":
+            size = footprint(checkpoint, length, self.window.recent_tokens, itemsize)
+        space = reports.key_space(checkpoint.rotation_block)
+        plan = checkpoint.plan
+        name = plan.name if mode == "compressed" else f"{plan.name}, {mode}"
+        return reports.row_head(model, name, space, plan.ratio, size, length)
+
+
+def run_evaluation(options: EvalOptions, command: str | None = None) -> dict[str, Any]:
+    """See `echokv_vllm.eval.evaluate`."""
+    subject = _subject(options)
+    material = _material(subject) if subject.tasks else None
+    sequences = None
+    if options.data is not None:
+        sequences = draw_sequences(
+            options.data, subject.tokenizer, options.samples, options.length, options.seed
+        )
+    rows: list[dict[str, Any]] = []
+    offline = sequences is not None or options.endpoint is None
+    model, rebuilder = _model_and_rebuilder(subject) if offline else (None, None)
+    if sequences is not None:
+        rows += _divergence_rows(subject, model, rebuilder, sequences)
+    if material is not None:
+        rows += _task_rows(subject, _backend(subject, model, rebuilder), material)
+    return {
+        "format": "echokv-eval",
+        "format_version": 1,
+        "rows": rows,
+        "settings": _settings(subject, material),
+        "options": asdict(options),
+        "versions": _versions(),
+        "git_commit": git_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _subject(options: EvalOptions) -> _Subject:
+    tasks = resolve_tasks(options.tasks)
+    config = load_config(options.model)
+    checkpoint = None
+    if options.checkpoint is not None:
+        checkpoint = EchoCheckpoint.load(options.checkpoint)
+        checkpoint.check_model(ModelFingerprint.from_config(config, options.model))
+    context_len = config.max_position_embeddings
+    lengths = [options.length] if options.data is not None else []
+    for length in (*lengths, *(options.task_lengths if tasks else ())):
+        if length > context_len:
+            raise ValueError(
+                f"length {length} is longer than the model's context of {context_len} tokens; "
+                "lower it"
+            )
+    recent_tokens = options.recent_tokens
+    if recent_tokens is None:
+        recent_tokens = checkpoint.recent_tokens if checkpoint else _DEFAULT_RECENT_TOKENS
+    return _Subject(
+        options, config, load_tokenizer(options.model), checkpoint,
+        Window(options.sink_tokens, recent_tokens), tasks,
+    )  # fmt: skip
+
+
+def _material(subject: _Subject) -> Material:
+    tokenizer, essays = subject.tokenizer, subject.options.essays
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    return Material(count_tokens, None if essays is None else load_essays(essays))
+
+
+def _model_and_rebuilder(subject: _Subject) -> tuple[Any, HeadRebuilder | None]:
+    options, config, checkpoint = subject.options, subject.config, subject.checkpoint
+    check_supported(config)
+    rotary = rotary_from_config(config)
+    device = resolve_device(options.device)
+    # Unlike in training float32 everywhere: differences of 1e-3 in KL must not drown in rounding.
+    name = "float32" if options.dtype == "auto" else options.dtype
+    model = load_model(options.model, device, resolve_dtype(name, device, config))
+    check_rotary(model, rotary)
+    rebuilder = None if checkpoint is None else HeadRebuilder(checkpoint, rotary, device)
+    install(model)
+    return model, rebuilder
+
+
+def _divergence_rows(
+    subject: _Subject, model: Any, rebuilder: HeadRebuilder | None, sequences: torch.Tensor
+) -> list[dict[str, Any]]:
+    options = subject.options
+    generator = torch.Generator().manual_seed(options.seed)
+    offsets = torch.randint(options.offset_max + 1, (len(sequences),), generator=generator)
+    result = measure_divergence(
+        model, rebuilder, sequences, offsets, subject.window,
+        skip_tokens=options.skip, every_query=options.every_query is not False,
+        batch_size=options.batch_size, seed=options.seed, progress=_bar("divergence", options),
+    )  # fmt: skip
+    head = subject.row_head(options.length, "full" if rebuilder is None else "compressed")
+    return reports.divergence_rows(head, result, len(sequences))
+
+
+def _backend(
+    subject: _Subject, model: Any, rebuilder: HeadRebuilder | None
+) -> OfflineBackend | EndpointBackend:
+    options = subject.options
+    progress = _bar("answers", options)
+    if options.endpoint is not None:
+        return EndpointBackend(
+            options.endpoint, options.endpoint_mode, options.served_model,
+            concurrency=options.concurrency, progress=progress,
+        )  # fmt: skip
+    return OfflineBackend(
+        model, subject.tokenizer, rebuilder, subject.window,
+        every_query=bool(options.every_query), offset_max=options.offset_max, seed=options.seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _task_rows(
+    subject: _Subject, backend: OfflineBackend | EndpointBackend, material: Material
+) -> list[dict[str, Any]]:
+    options = subject.options
+    # All prompts first: a length that is too short must show before hours of answers.
+    asked = {
+        (task, length): make_prompts(task, options.samples, length, material, options.seed)
+        for length in options.task_lengths
+        for task in subject.tasks
+    }
+    rows = []
+    for (task, length), prompts in asked.items():
+        scores = {}
+        for mode in backend.modes:
+            answers = backend.complete(prompts, mode)
+            scores[mode] = [
+                prompt.score(answer) for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        measured = backend.modes[-1]
+        full = scores["full"] if len(scores) > 1 else None
+        head = subject.row_head(length, measured)
+        rows.append(reports.task_row(head, task, scores[measured], full, options.seed))
+    return rows
+
+
+def _settings(subject: _Subject, material: Material | None) -> dict[str, Any]:
+    options = subject.options
+    settings: dict[str, Any] = {
+        "exact tokens": f"{subject.window.sink_tokens} sink, {subject.window.recent_tokens} recent",
+        "position offsets up to": options.offset_max,
+        "seed": options.seed,
+    }
+    if options.data is not None:
+        settings["held-out text"] = options.data
+        settings["divergence"] = (
+            f"scored from token {options.skip} on, compressed "
+            f"{f'from token {options.skip}' if options.every_query is False else 'for every query'}"
+        )
+    if material is not None:
+        settings["essay haystack"] = material.haystack_name
+        settings["answers"] = options.endpoint or (
+            "Hugging Face forward, every query compressed" if options.every_query
+            else "Hugging Face forward, exact prefill, compressed decode"
+        )  # fmt: skip
+    if subject.checkpoint is not None:
+        settings["checkpoint"] = options.checkpoint
+        settings["maps"] = str(subject.checkpoint.provenance.get("stage", "of unknown stage"))
+    return settings
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "echokv_vllm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _bar(name: str, options: EvalOptions) -> Callable[[Iterable[int]], Iterable[int]]:
+    def wrap(steps: Iterable[int]) -> Iterable[int]:
+        return tqdm(steps, desc=name, disable=not options.progress)
+
+    return wrap
