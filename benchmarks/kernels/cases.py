@@ -18,7 +18,7 @@ from echokv_kernels.gpu.decode import (
     EchoedHeads,
     echoed_decode,
 )
-from echokv_kernels.gpu.launch import UNROTATED, DecodeTiles
+from echokv_kernels.gpu.launch import DecodeTiles, num_programs
 from echokv_kernels.gpu.rotation import RotationTable
 from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
@@ -194,10 +194,7 @@ class EchoedDecode:
         """Switches to other tile numbers."""
         self.tiles = tiles
         self.shape = DecodeShape.of(self.case.rotation_block, tiles)
-        per_sm = (
-            UNROTATED.programs_per_sm if self.shape.rotation_block == 1 else tiles.programs_per_sm
-        )
-        programs = per_sm * torch.cuda.get_device_properties(0).multi_processor_count
+        programs = num_programs(torch.device("cuda"), self.case.rotation_block, tiles)
         self.scratch = DecodeScratch.allocate(
             self.heads, self.shape, self.case.num_reqs, programs, 2048
         )

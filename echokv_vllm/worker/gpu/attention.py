@@ -23,6 +23,7 @@ from echokv_vllm.worker.gpu.memory import GpuMemory
 from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound, PrefillStep
 from echokv_vllm.worker.gpu.step import DISCARDED, PAIRED, RETAINED, WHOLE, GpuStep, GpuStepBuilder
 from echokv_vllm.worker.rank_plan import RankLayer
+from echokv_vllm.worker.topology import query_heads
 
 if TYPE_CHECKING:
     from echokv_vllm.worker.topology import EchoGroupMaps
@@ -60,7 +61,7 @@ class GpuAttention:
         self.head_dim = impl.head_size
         retained, discarded = rank_layer.retained, rank_layer.discarded
         self.head_places = place_heads(retained, discarded, device)
-        self.row_order = query_rows((*retained, *discarded), self.group, device)
+        self.row_order = query_heads((*retained, *discarded), self.group).to(device)
         self.in_order = (*retained, *discarded) == tuple(range(impl.num_kv_heads))
         self.discarded = torch.tensor(discarded, dtype=torch.int32, device=device)
         self.num_retained_rows = len(retained) * self.group
@@ -343,12 +344,6 @@ class GpuAttention:
             merged, merged_lse, part, lse, prefill.token_request, plan.compressed,
             first_token=round_.first_token, is_first=round_.is_chunk,
         )  # fmt: skip
-
-
-def query_rows(kv_heads: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
-    """[len(kv_heads) * group] int64: the query heads of some KV heads, in order."""
-    heads = torch.tensor(kv_heads, dtype=torch.int64)
-    return (heads[:, None] * group + torch.arange(group)).flatten().to(device)
 
 
 def covers_retained(rank_layer: RankLayer, groups: list[EchoGroupMaps]) -> bool:

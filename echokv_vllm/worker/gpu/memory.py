@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from echokv_kernels.gpu.decode import DecodeScratch, DecodeShape, EchoedHeads
-from echokv_kernels.gpu.launch import DECODE, UNROTATED
+from echokv_kernels.gpu.launch import DECODE, num_programs
 from echokv_kernels.gpu.rotation import RotationTable
 from echokv_kernels.rotary import Rotary
 from echokv_vllm.worker.gpu.prefill import TILE
@@ -95,11 +95,3 @@ class GpuMemory:
         own = [self.workspace, self.merged, self.part, self.merged_lse]
         own += [self.rotation.coarse, self.rotation.fine]
         return sum(tensor.numel() * tensor.element_size() for tensor in own + scratch)
-
-
-def num_programs(device: torch.device, rotation_block: int) -> int:
-    """Persistent programs of echoed decode; an interpreter runs a few, one after the other."""
-    if device.type != "cuda":
-        return 3
-    tiles = UNROTATED if rotation_block == 1 else DECODE
-    return tiles.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count

@@ -90,18 +90,8 @@ class GpuStepBuilder:
         self.schedules: dict[tuple[int, int], FlashDecodeSchedule] = {}
         self.num_programs = self.item_align = self.num_tiles = 1
         self.paired = False
-        self.plan = self._allocate_plan()
+        self.plan: StepPlan
         self._context_lens = torch.zeros(self.max_reqs, dtype=torch.int32, device=device)
-
-    def _allocate_plan(self) -> StepPlan:
-        return StepPlan.allocate(
-            self.max_reqs,
-            self.max_model_len,
-            self.retained_block_size,
-            self.residual_block_size,
-            self.paired,
-            self.device,
-        )
 
     def configure(
         self,
@@ -123,9 +113,15 @@ class GpuStepBuilder:
         """
         self.schedules = schedules
         self.num_programs, self.item_align, self.num_tiles = num_programs, item_align, num_tiles
-        if paired != self.paired:
-            self.paired = paired
-            self.plan = self._allocate_plan()
+        self.paired = paired
+        self.plan = StepPlan.allocate(
+            self.max_reqs,
+            self.max_model_len,
+            self.retained_block_size,
+            self.residual_block_size,
+            paired,
+            self.device,
+        )
 
     def bind_pool(self, num_blocks: int, device: torch.device) -> None:
         """Makes fresh stamps; vLLM may bind the cache twice (graph memory profiling)."""

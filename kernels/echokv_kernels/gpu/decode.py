@@ -1,4 +1,4 @@
-"""Launching echoed decode attention: constants of a layer, scratch of a worker, two launches.
+"""Launching echoed decode attention: constants of a layer, scratch of a worker, launches.
 
 Reference: `echokv_kernels.decode.absorbed_decode` for the echoed part, `softmax.merge_attention`
 for the parts beside it.
@@ -101,6 +101,24 @@ class EchoedHeads:
     def row_pad(self) -> int:
         return max(16, triton.next_power_of_2(self.num_rows))
 
+    @property
+    def dim_pad(self) -> int:
+        return max(16, triton.next_power_of_2(self.maps.head_dim))
+
+    @property
+    def group_pad(self) -> int:
+        return triton.next_power_of_2(self.group)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What every decode kernel is compiled for."""
+        return {
+            "NUM_ECHOED": self.num_echoed,
+            "GROUP": self.group,
+            "NUM_SOURCES": self.features.num_heads,
+            "HEAD_DIM": self.maps.head_dim,
+        }
+
 
 @dataclass(frozen=True)
 class DecodeShape:
@@ -200,15 +218,12 @@ class DecodeScratch:
         def empty(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        def most(size: list[int]) -> int:
-            return max(size)
-
-        rows = most([group.row_pad for group in groups])
-        absorbed = most([absorbed_size(group, shape) for group in groups])
+        rows = max(group.row_pad for group in groups)
+        absorbed = max(absorbed_size(group, shape) for group in groups)
         places, plain, turned = 0, 0, 0
         if shape.rotation_block == 1:
             sizes = [unrotated_sizes(group, shape) for group in groups]
-            places, plain, turned = (most(list(size)) for size in zip(*sizes, strict=True))
+            places, plain, turned = (max(size) for size in zip(*sizes, strict=True))
             num_slots = absorbed = 0
         return cls(
             num_programs=num_programs,
@@ -217,18 +232,17 @@ class DecodeScratch:
             offset=empty(
                 (num_slots + num_programs)
                 * (shape.num_blocks if absorbed else 0)
-                * most([group.num_echoed * group.group for group in groups])
+                * max(group.num_echoed * group.group for group in groups)
             ),
             scores=empty(num_programs * shape.chunk_len * rows),
-            sums=empty(max_items * most([g.row_pad * g.maps.width for g in groups])),
+            sums=empty(max_items * max(g.row_pad * g.maps.width for g in groups)),
             maximum=empty(max_items * rows),
             total=empty(max_items * rows),
             part=empty(
-                max_reqs
-                * most([g.num_echoed * COMBINE.rows(g.group) * g.maps.width for g in groups])
+                max_reqs * max(g.num_echoed * COMBINE.rows(g.group) * g.maps.width for g in groups)
             ),
             counter=torch.zeros(
-                max_reqs * most([group.num_echoed for group in groups]),
+                max_reqs * max(group.num_echoed for group in groups),
                 dtype=torch.int32,
                 device=device,
             ),
@@ -280,20 +294,7 @@ def _launch_absorbed(
     features, maps = heads.features, heads.maps
     head_dim, has_bias = maps.head_dim, maps.key_bias is not None
     half_pad = max(16, triton.next_power_of_2(head_dim // 2))
-    group_pad = triton.next_power_of_2(heads.group)
     plan, num_reqs = batch.plan, batch.num_reqs
-    common = dict(
-        NUM_ECHOED=heads.num_echoed,
-        GROUP=heads.group,
-        NUM_SOURCES=features.num_heads,
-        HEAD_DIM=head_dim,
-    )
-    padded = dict(
-        NUM_ROWS=heads.num_rows,
-        ROW_PAD=heads.row_pad,
-        DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
-        GROUP_PAD=group_pad,
-    )
     absorb = dict(
         ROTATION_BLOCK=shape.rotation_block,
         NUM_BLOCKS=shape.num_blocks,
@@ -317,9 +318,9 @@ def _launch_absorbed(
         SOURCES=sources,
         num_warps=ABSORB.num_warps,
         **absorb,
-        **common,
+        **heads.counts,
     )  # fmt: skip
-    dim_pad, itemsize = padded["DIM_PAD"], maps.key.element_size()
+    dim_pad, itemsize = heads.dim_pad, maps.key.element_size()
     fused = tiles.is_fused(heads.row_pad, features.num_heads * dim_pad, itemsize)
     score_heads = tiles.score_heads(features.num_heads, head_dim)
     value_heads = tiles.value_heads(features.num_heads, head_dim, heads.row_pad)
@@ -348,10 +349,13 @@ def _launch_absorbed(
             tiles.fused_stages if fused else tiles.stages(tiles.score_stages, score_bytes)
         ),
         VALUE_STAGES=tiles.stages(tiles.value_stages, value_bytes),
+        NUM_ROWS=heads.num_rows,
+        ROW_PAD=heads.row_pad,
+        DIM_PAD=dim_pad,
+        GROUP_PAD=heads.group_pad,
         num_warps=tiles.num_warps,
         **absorb,
-        **common,
-        **padded,
+        **heads.counts,
     )  # fmt: skip
 
 
@@ -396,7 +400,6 @@ def echoed_decode(
     launch(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
     features, maps = heads.features, heads.maps
     plan, num_reqs = batch.plan, batch.num_reqs
-    group_pad = triton.next_power_of_2(heads.group)
     num_retained = heads.num_rows // heads.group - heads.num_echoed
     combine_kernel[(num_reqs, heads.num_echoed + num_retained, features.num_heads)](
         output, query, key, value, exact_out, exact_lse, batch.exact_lens, plan.exact,
@@ -411,17 +414,14 @@ def echoed_decode(
         HAS_BIAS=maps.value_bias is not None,
         RESIDUAL_BLOCK_SIZE=plan.residual_block_size,
         ROWS=COMBINE.rows(heads.group),
-        GROUP_PAD=group_pad,
-        ITEMS=max(COMBINE.items, 16 // group_pad),
+        GROUP_PAD=heads.group_pad,
+        ITEMS=max(COMBINE.items, 16 // heads.group_pad),
         # Three products of leading and trailing halves are as exact as 16-bit outputs need.
         PRECISION="ieee" if output.dtype == torch.float32 else "tf32x3",
-        NUM_ECHOED=heads.num_echoed,
         NUM_ROWS=heads.num_rows,
-        GROUP=heads.group,
-        NUM_SOURCES=features.num_heads,
-        HEAD_DIM=maps.head_dim,
         ROW_PAD=heads.row_pad,
-        DIM_PAD=max(16, triton.next_power_of_2(maps.head_dim)),
+        DIM_PAD=heads.dim_pad,
         num_warps=COMBINE.num_warps,
         num_stages=COMBINE.num_stages,
+        **heads.counts,
     )  # fmt: skip

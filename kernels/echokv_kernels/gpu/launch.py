@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 
 @dataclass(frozen=True)
 class DecodeTiles:
@@ -176,6 +178,14 @@ COMBINE = CombineTiles()
 UNROTATED = UnrotatedTiles()
 
 
+def num_programs(device: torch.device, rotation_block: int, tiles: DecodeTiles = DECODE) -> int:
+    """Persistent programs of echoed decode; an interpreter runs a few, one after the other."""
+    if device.type != "cuda":
+        return 3
+    per_sm = UNROTATED.programs_per_sm if rotation_block == 1 else tiles.programs_per_sm
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @dataclass(frozen=True)
 class RebuildTiles:
     """Rebuilding keys and values into a workspace.
@@ -187,9 +197,7 @@ class RebuildTiles:
         step: elements of a source head per product, a power of two that divides the head size;
             rotated keys take half of it from each half of the head.
         num_warps: warps per program.
-        score_stages: depth of the pipeline that loads keys.
-        value_stages: depth of the pipeline that loads values.
-        max_width: features of one token taken at once, at most.
+        num_stages: depth of the pipeline that loads features and maps.
     """
 
     rows: int

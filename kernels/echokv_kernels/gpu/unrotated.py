@@ -413,7 +413,7 @@ def unrotated_decode_kernel(
 
 def unrotated_sizes(heads: EchoedHeads, shape: DecodeShape) -> tuple[int, int, int]:
     """Elements of one program's table of angles, plain features and turned queries."""
-    dim_pad = triton.next_power_of_2(heads.maps.head_dim)
+    dim_pad = heads.dim_pad
     block_m = UNROTATED.tile_len(shape.chunk_len)
     echo_rows = heads.num_echoed * heads.group
     turned = shape.chunk_len // block_m * echo_rows + heads.num_rows - echo_rows
@@ -434,7 +434,7 @@ def launch_unrotated(
     features, maps, plan = heads.features, heads.maps, batch.plan
     assert maps.key.numel() < 2**31, "elements of a layer's key maps are counted in 32 bits"
     head_dim, group = maps.head_dim, heads.group
-    dim_pad = triton.next_power_of_2(head_dim)
+    dim_pad = heads.dim_pad
     sizes = UNROTATED.fit(maps.key.dtype.itemsize)
     columns = sizes.heads(heads.num_echoed, dim_pad)
     unrotated_decode_kernel[(scratch.num_programs,)](
@@ -447,11 +447,7 @@ def launch_unrotated(
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),
         plan.exact.stride(0), features.block_stride, scale_log2,
         CHUNK=shape.chunk_len,
-        NUM_ECHOED=heads.num_echoed,
         NUM_ROWS=heads.num_rows,
-        GROUP=group,
-        NUM_SOURCES=features.num_heads,
-        HEAD_DIM=head_dim,
         ROTARY_DIM=rotation.rotary_dim,
         INTERLEAVED=rotation.interleaved,
         HAS_BIAS=maps.key_bias is not None,
@@ -471,4 +467,5 @@ def launch_unrotated(
         SCORE_STAGES=sizes.num_stages,
         VALUE_STAGES=tiles.value_stages,
         num_warps=sizes.num_warps,
+        **heads.counts,
     )  # fmt: skip
