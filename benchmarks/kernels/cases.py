@@ -11,19 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from echokv_kernels.gpu.decode import (
-    DecodeBatch,
-    DecodeScratch,
-    DecodeShape,
-    EchoedHeads,
-    echoed_decode,
-)
+from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
+from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DecodeTiles, num_programs
 from echokv_kernels.gpu.rotation import RotationTable
+from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_kernels.rotary import Rotary
-from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.step_plan import Shares, StepPlan, plan_shares
 from echokv_vllm.plan import EchoPlan
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 32, 8, 4, 128  # Llama-3.1-8B
@@ -196,9 +192,9 @@ class EchoedDecode:
         self.shape = DecodeShape.of(self.case.rotation_block, tiles)
         programs = num_programs(torch.device("cuda"), self.case.rotation_block, tiles)
         self.scratch = DecodeScratch.allocate(
-            self.heads, self.shape, self.case.num_reqs, programs, 2048
+            self.heads, self.shape, self.case.num_reqs, programs, self.case.context_len
         )
-        self._plan_items(programs)
+        self._plan_shares(programs)
 
     def _heads(self, plan: EchoPlan, layer: int, views: list[torch.Tensor]) -> EchoedHeads:
         layers = [source.layer for source in plan.layers[layer].sources]
@@ -247,15 +243,10 @@ class EchoedDecode:
             exact_lens=torch.full((n,), self.exact_len, dtype=torch.int32, device="cuda"),
         )
 
-    def _plan_items(self, programs: int) -> None:
-        align = self.shape.item_align
-        total = self.case.num_reqs * self.case.context_len
-        item_len = -(-max(total // programs, 256) // align) * align
-        self.plan.item_len.fill_(item_len)
-        per_request = -(-self.case.context_len // item_len)
-        self.plan.item_end.copy_(
-            torch.arange(1, self.case.num_reqs + 1, device="cuda") * per_request
-        )
+    def _plan_shares(self, programs: int) -> None:
+        block, align = self.case.rotation_block, self.shape.item_align
+        tokens = self.batch.seq_lens.to(torch.int64)
+        plan_shares(self.plan, tokens, Shares(programs, align, self.tiles.min_share_len, block))
 
     def _inputs(self) -> None:
         n, heads = self.case.num_reqs, self.heads[0]
@@ -271,6 +262,7 @@ class EchoedDecode:
         )
         self.exact_cache = randn(n * (self.exact_len // 16) + 1, 16, heads.num_echoed, 2 * HEAD_DIM)
         self.exact_table = random_table(n, self.exact_len // 16)
+        self.side = torch.cuda.Stream()
         self.flash: FlashDecode | None = None
         self.flash_out = torch.empty(n, rows, HEAD_DIM, dtype=DTYPE, device="cuda")
 
@@ -280,9 +272,19 @@ class EchoedDecode:
         return self.case.num_reqs * self.case.context_len * self.heads[0].maps.width * 2 * 2
 
     def run(self, heads: EchoedHeads) -> None:
-        echoed_decode(
+        self.run_context(heads)
+        self.run_combine(heads)
+
+    def run_context(self, heads: EchoedHeads) -> None:
+        attend_context(
+            self.query, heads, self.batch, self.scratch, self.shape, self.tiles, self.rotation,
+            SCALE,
+        )  # fmt: skip
+
+    def run_combine(self, heads: EchoedHeads) -> None:
+        combine(
             self.output, self.query, self.key, self.value, self.exact_out, self.exact_lse, heads,
-            self.batch, self.scratch, self.shape, self.tiles, self.rotation, SCALE,
+            self.batch, self.scratch, SCALE,
         )  # fmt: skip
 
     def run_exact(self) -> None:
@@ -303,10 +305,15 @@ class EchoedDecode:
         return [lambda heads=heads: self.run(heads) for heads in self.heads]
 
     def whole_calls(self) -> list[Callable[[], None]]:
-        """With the exact part, as a layer runs it."""
+        """With the exact part beside it, as a layer runs it in a graph."""
 
         def whole(heads: EchoedHeads) -> None:
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                self.run_context(heads)
             self.run_exact()
-            self.run(heads)
+            main.wait_stream(self.side)
+            self.run_combine(heads)
 
         return [lambda heads=heads: whole(heads) for heads in self.heads]

@@ -43,7 +43,11 @@ PLANS = [
 ]
 CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768]  # of the plot, 8 requests each
 PLOTTED = [("local-0.5", 256), ("local-0.25", 64)]
-KERNELS = ("absorb_kernel", "absorbed_decode_kernel", "combine_kernel")
+KERNELS = {
+    "absorb": ("absorb_kernel",),
+    "decode": ("fused_decode_kernel", "absorbed_decode_kernel"),  # one of them, by the plan
+    "combine": ("combine_kernel",),
+}
 
 
 class NoLaunch:
@@ -54,12 +58,12 @@ class NoLaunch:
 
 
 @contextlib.contextmanager
-def only(name: str) -> Iterator[None]:
-    """Launches one of the kernels; what the others would write is still there from before."""
-    real = {kernel: getattr(decode, kernel) for kernel in KERNELS}
+def only(part: str) -> Iterator[None]:
+    """Launches one of the parts; what the others would write is still there from before."""
+    real = {kernel: getattr(decode, kernel) for names in KERNELS.values() for kernel in names}
     try:
-        for kernel in KERNELS:
-            if kernel != name:
+        for kernel in real:
+            if kernel not in KERNELS[part]:
                 setattr(decode, kernel, NoLaunch())
         yield
     finally:
@@ -101,10 +105,11 @@ def measure_case(case: EchoCase, stock: dict[str, Any], bandwidth: float) -> dic
     total = time_graph(echo.calls())
     whole = time_graph(echo.whole_calls())
     parts = {}
-    for kernel in KERNELS:
-        with only(kernel):
-            parts[kernel.removesuffix("_kernel")] = times(time_graph(echo.calls(), 15))
-    echo.plan.item_end.zero_()
+    for part in KERNELS:
+        with only(part):
+            parts[part] = times(time_graph(echo.calls(), 15))
+    echo.plan.token_end.zero_()
+    echo.plan.line_end.zero_()
     idle = time_graph(echo.calls() * 4, 15)
     limit = echo.num_bytes / bandwidth * 1e6
     return {
@@ -118,7 +123,7 @@ def measure_case(case: EchoCase, stock: dict[str, Any], bandwidth: float) -> dic
         "us_by_kernel": parts,
         "us_idle": times(idle),
         "us_limit": limit,
-        "decode_share_of_copy": limit / parts["absorbed_decode"]["median"],
+        "decode_share_of_copy": limit / parts["decode"]["median"],
         "of_stock": total.median / stock["us"]["median"],
         "of_stock_with_exact_pages": whole.median / stock["us"]["median"],
         "of_stock_limit": limit / stock["us"]["median"],
@@ -147,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
             f"| {case['num_reqs']} x {case['context_len']:,} | {stock['us']['median']:.1f} "
             f"| {case['us']['median']:.1f} | {case['us_limit']:.1f} "
             f"| {case['of_stock']:.3f} | {case['of_stock_with_exact_pages']:.3f} "
-            f"| {parts['absorb']:.1f} | {parts['absorbed_decode']:.1f} "
+            f"| {parts['absorb']:.1f} | {parts['decode']:.1f} "
             f"({case['decode_share_of_copy']:.0%}) | {parts['combine']:.1f} "
             f"| {case['us_idle']['median']:.2f} |"
         )

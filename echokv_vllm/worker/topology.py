@@ -30,7 +30,7 @@ from echokv_vllm.worker.refusals import UnsupportedModelError
 from echokv_vllm.worker.step import StepBuilder
 
 if TYPE_CHECKING:
-    from echokv_kernels.gpu.decode import EchoedHeads
+    from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_vllm.worker.gpu.step import GpuStepBuilder
     from echokv_vllm.worker.gpu.worker import GpuWorker
     from echokv_vllm.worker.impl import EchoKVImpl
@@ -106,7 +106,7 @@ class EchoGroupMaps:
             group: Query heads per KV head.
             bound: Whether the caches are bound; otherwise the result serves for sizes only.
         """
-        from echokv_kernels.gpu.decode import EchoedHeads
+        from echokv_kernels.gpu.heads import EchoedHeads
 
         return EchoedHeads.of(
             self.features() if bound else self._unbound_features(),

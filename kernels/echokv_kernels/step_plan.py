@@ -13,9 +13,14 @@ number of tokens it may read. Part 0 is R, part 1 is D:
     prefill, not compressed    R table, seq_len         D table, seq_len
     prefill, compressed        R table, seq_len         D table, 0
 
-Compressed decodes are read in work items of equal length L over all of their tokens: request i
-has ceil(seq_len / L) of them, other requests none. L leaves room for every request's last item,
-which is shorter: a few items more than programs would take a second round, as long as the first.
+Compressed decodes are laid end to end on one axis of tokens, each rounded up to whole tiles, and
+the axis is cut into equal shares, one per program: all programs end together, whatever the lengths
+are. A share that reaches into another request is two work items; item number = share + request, so
+that no two items have the same number and a request's items follow each other.
+
+    shares      |     0     |     1     |     2     |     3     |
+    requests    |0                 |1          |2               |
+    items       |0          |1     |2    |3    |4   |5          |
 """
 
 from __future__ import annotations
@@ -25,6 +30,34 @@ from dataclasses import dataclass
 import torch
 
 from .store import exact_pages
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the tokens of compressed decodes are cut.
+
+    Attributes:
+        num_shares: at most so many shares, one per program.
+        align: requests and shares are rounded up to a multiple of it, tokens.
+        min_len: a share has at least so many tokens.
+        rotation_block: a line of absorbed queries per so many tokens; 0: one line per request,
+            1: none.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    num_shares: int
+    align: int
+    min_len: int
+    rotation_block: int
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("num_shares", 1), ("align", 1), ("min_len", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if self.rotation_block < 0:
+            raise ValueError(f"rotation_block is {self.rotation_block}; it must be at least 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +72,10 @@ class StepPlan:
         compressed: [max_reqs] int32, 1 if a token of the request lies in a page that is not exact.
         tables: [2 * max_reqs, max(PR, PD)] int32, block-table rows; `row_of` finds them.
         lens: [2 * max_reqs] int32, tokens that may be read through each row.
-        item_end: [max_reqs] int32, work items of the requests up to and including each.
-        item_len: [1] int32, tokens per work item.
+        token_end: [max_reqs] int64, where each request ends on the axis of compressed decodes.
+        line_end: [max_reqs] int32, rotation blocks of the compressed decodes up to and including
+            each: a line of absorbed queries for each block.
+        share_len: [1] int64, tokens per share.
         paired: whether a request's two rows are neighbours; otherwise all R rows come first.
         retained_block_size: tokens per R page.
         residual_block_size: tokens per D page.
@@ -51,8 +86,9 @@ class StepPlan:
     compressed: torch.Tensor
     tables: torch.Tensor
     lens: torch.Tensor
-    item_end: torch.Tensor
-    item_len: torch.Tensor
+    token_end: torch.Tensor
+    line_end: torch.Tensor
+    share_len: torch.Tensor
     paired: bool
     retained_block_size: int
     residual_block_size: int
@@ -93,8 +129,9 @@ class StepPlan:
             compressed=zeros(max_reqs),
             tables=zeros(2 * max_reqs, max(retained_pages, residual_pages)),
             lens=zeros(2 * max_reqs),
-            item_end=zeros(max_reqs),
-            item_len=torch.ones(1, dtype=torch.int32, device=device),
+            token_end=zeros(max_reqs, dtype=torch.int64),
+            line_end=zeros(max_reqs),
+            share_len=torch.ones(1, dtype=torch.int64, device=device),
             paired=paired,
             retained_block_size=retained_block_size,
             residual_block_size=residual_block_size,
@@ -119,7 +156,6 @@ def check_step(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     num_reqs: int,
-    item_sizes: tuple[int, int, int],
 ) -> None:
     """Checks what `plan_step` is given, without looking at device data.
 
@@ -130,10 +166,6 @@ def check_step(
         raise ValueError(
             f"num_reqs is {num_reqs}; the plan has room for 0 to {plan.max_reqs}, allocate a "
             "larger one"
-        )
-    if min(item_sizes) < 1:
-        raise ValueError(
-            f"num_items, item_align and min_item_len are {item_sizes}; each must be at least 1"
         )
     if owner.dtype != torch.int64 or owner.dim() != 1 or not owner.is_contiguous():
         raise ValueError(
@@ -214,15 +246,12 @@ def plan_step(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     num_reqs: int,
-    *,
-    num_items: int,
-    item_align: int,
-    min_item_len: int,
+    shares: Shares,
 ) -> None:
     """Fills the plan of one step, after `store.stamp_owners`.
 
     Args:
-        plan: written in place: the entries of the first `num_reqs` requests and `item_len`.
+        plan: written in place: the entries of the first `num_reqs` requests and `share_len`.
         owner: [num_blocks] int64.
         retained_table: [>= n, PR] int32, block ids of the R pages.
         residual_table: [>= n, PD] int32, block ids of the D pages, 0 where there is none.
@@ -230,18 +259,13 @@ def plan_step(
         seq_lens: [>= n] int32, tokens of each request including this step's. They must fit the
             tables and the plan.
         num_reqs: n, requests of the step including padding.
-        num_items: work items to aim at. Each request may add one that is not full: with up to
-            half as many requests there are never more than `num_items`, with more requests up
-            to one more per request.
-        item_align: `item_len` is a multiple of it, tokens.
-        min_item_len: `item_len` is at least this, tokens.
+        shares: how compressed decodes are cut.
 
     Raises:
-        ValueError: too many requests for the plan, or a size, dtype or shape does not fit.
+        ValueError: too many requests for the plan, or a dtype or shape does not fit.
     """
-    item_sizes = (num_items, item_align, min_item_len)
     tables = (retained_table, residual_table)
-    check_step(plan, owner, tables, query_start_loc, seq_lens, num_reqs, item_sizes)
+    check_step(plan, owner, tables, query_start_loc, seq_lens, num_reqs)
     if num_reqs == 0:
         return
     query_lens = query_start_loc[: num_reqs + 1].to(torch.int64).diff()
@@ -252,13 +276,25 @@ def plan_step(
         table[:num_reqs, :width] for table, width in zip(tables, columns, strict=True)
     )
     _plan_rows(plan, owner, retained, residual, decode, lens)
+    plan_shares(plan, torch.where(decode & plan.compressed[:num_reqs].bool(), lens, 0), shares)
 
-    item_tokens = torch.where(decode & plan.compressed[:num_reqs].bool(), lens, 0)
-    num_compressed = (item_tokens > 0).sum()
-    spare = num_items - num_compressed
-    num_whole = torch.where(spare >= num_compressed, spare, num_items)
-    item_len = _ceil_div(item_tokens.sum(), num_whole).clamp(min=min_item_len)
-    item_len = _ceil_div(item_len, item_align) * item_align
-    plan.item_len.copy_(item_len)
-    ends = ((item_tokens + item_len - 1) // item_len).cumsum(0)
-    plan.item_end[:num_reqs] = ends.to(torch.int32)
+
+def plan_shares(plan: StepPlan, tokens: torch.Tensor, shares: Shares) -> None:
+    """Fills `token_end`, `line_end` and `share_len`.
+
+    Args:
+        plan: written in place.
+        tokens: [n] int64, 0 for requests that are not compressed decodes.
+        shares: how they are cut.
+    """
+    padded = _ceil_div(tokens, shares.align) * shares.align
+    share_len = _ceil_div(padded.sum(), shares.num_shares).clamp(min=shares.min_len)
+    plan.share_len.copy_(_ceil_div(share_len, shares.align) * shares.align)
+    plan.token_end[: tokens.shape[0]] = padded.cumsum(0)
+    if shares.rotation_block == 0:
+        lines = (tokens > 0).to(torch.int64)
+    elif shares.rotation_block == 1:
+        lines = torch.zeros_like(tokens)
+    else:
+        lines = _ceil_div(tokens, shares.rotation_block)
+    plan.line_end[: tokens.shape[0]] = lines.cumsum(0).to(torch.int32)

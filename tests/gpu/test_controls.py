@@ -59,8 +59,29 @@ def jobs() -> dict[str, dict[str, Any]]:
     return named
 
 
+def needed_jobs(items: list[pytest.Item]) -> set[str]:
+    """Jobs that the selected tests look at: each is an engine of its own."""
+    names = set()
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is None or item.path != Path(__file__):
+            continue
+        plan, runner = call.params["plan"], call.params.get("runner")
+        if "traffic" in item.name:
+            names.add(f"traffic-{plan}-{runner}")
+            continue
+        names |= {"stock", "triton"}
+        if runner is None:
+            names |= {f"compressed-{plan}", f"portable-{plan}"}
+        else:
+            names.add(f"full-{plan}-{runner}")
+    return names
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
     """``run(name)`` is the answer of a job. All run at once, a few processes at a time."""
     folder = tmp_path_factory.mktemp("gpu")
     model = write_model(folder / "m", num_layers=4, hidden_size=512, head_dim=64)
@@ -85,7 +106,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, A
         return answer
 
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
-        started = {name: pool.submit(execute, name, job) for name, job in jobs().items()}
+        needed = needed_jobs(request.session.items)
+        started = {
+            name: pool.submit(execute, name, job) for name, job in jobs().items() if name in needed
+        }
     answers = {name: job.result() for name, job in started.items()}
 
     def answer_of(name: str) -> dict[str, Any]:

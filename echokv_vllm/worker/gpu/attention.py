@@ -1,9 +1,9 @@
 """Attention of one layer on a GPU.
 
 Decodes: one call of stock attention over exact pages (R and D rows of a request side by side
-where the plan allows it), then the echo kernels, which end at once for requests that are not
-compressed. Prompt chunks: stock attention over R and D pages; for compressed requests the
-discarded heads go round by round through the workspace instead.
+where the plan allows it), beside it the echo kernels, which end at once for requests that are not
+compressed, and at last one kernel that combines both. Prompt chunks: stock attention over R and D
+pages; for compressed requests the discarded heads go round by round through the workspace instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from echokv_kernels.gpu.decode import EchoedHeads, echoed_decode
+from echokv_kernels.gpu.decode import attend_context, combine
+from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.gpu.merge import merge_partial, write_merged
 from echokv_kernels.gpu.rebuild import materialize
@@ -180,6 +181,16 @@ class GpuAttention:
         step: GpuStep,
         output: torch.Tensor,
     ) -> None:
+        echoed = self.echoed
+        branch = None
+        if echoed and query.is_cuda and torch.cuda.is_current_stream_capturing():
+            # A graph runs what does not depend on each other side by side: the echo kernels that
+            # find nothing to do cost no time of their own, nor do the exact pages of requests that
+            # are compressed. Outside of graphs two streams would only cost the host time.
+            branch = self.memory.branch
+            branch.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(branch):
+                self._attend_context(query, step, echoed[0])
         n = step.num_decodes
         rows = query[:n] if self.in_order else query[:n].index_select(1, self.row_order)
         out = output[:n] if self.in_order else torch.empty_like(rows)
@@ -190,9 +201,13 @@ class GpuAttention:
             lse = self._attend_apart(rows, kv_cache, residual_cache, step, out)
         if not self.in_order:
             output[:n].index_copy_(1, self.row_order, out)
-        for heads in self.echoed:
+        for heads in echoed:
             assert step.decodes is not None and lse is not None
-            echoed_decode(
+            if heads is not echoed[0] or branch is None:
+                self._attend_context(query, step, heads)
+            else:
+                torch.cuda.current_stream().wait_stream(branch)
+            combine(
                 output,
                 query,
                 key,
@@ -202,11 +217,16 @@ class GpuAttention:
                 heads,
                 step.decodes,
                 self.memory.scratch,
-                self.memory.shape,
-                DECODE,
-                self.memory.rotation,
                 self.scale,
             )
+
+    def _attend_context(self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads) -> None:
+        assert step.decodes is not None, "echokv: no decodes were planned"
+        memory = self.memory
+        attend_context(
+            query, heads, step.decodes, memory.scratch, memory.shape, DECODE, memory.rotation,
+            self.scale,
+        )  # fmt: skip
 
     def _attend_paired(
         self, rows: torch.Tensor, kv_cache: torch.Tensor, step: GpuStep, out: torch.Tensor

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from echokv_kernels.gpu.decode import DecodeScratch, DecodeShape, EchoedHeads
+from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE, num_programs
 from echokv_kernels.gpu.rotation import RotationTable
+from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 from echokv_kernels.rotary import Rotary
 from echokv_vllm.worker.gpu.prefill import TILE
 
 MIN_WORKSPACE_TILES = 128  # long contexts in few rounds
-NUM_SLOTS = 1024  # chunks of absorbed queries made ahead
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class GpuMemory:
         part: The same in the cache dtype, one round's result.
         merged_lse: [rows, tokens] flat float32.
         num_tiles: Tiles of the workspace.
+        branch: Stream of what runs beside stock attention in captured graphs; None without CUDA.
     """
 
     rotation: RotationTable
@@ -43,6 +44,7 @@ class GpuMemory:
     part: torch.Tensor
     merged_lse: torch.Tensor
     num_tiles: int
+    branch: Any
 
     @classmethod
     def allocate(
@@ -75,17 +77,19 @@ class GpuMemory:
             return torch.empty(size, dtype=dtype, device=device)
 
         shape = DecodeShape.of(rotation_block, DECODE)
+        max_len = vllm_config.model_config.max_model_len
         return cls(
-            rotation=RotationTable.build(rotary, vllm_config.model_config.max_model_len + TILE),
+            rotation=RotationTable.build(rotary, max_len + TILE),
             shape=shape,
             scratch=DecodeScratch.allocate(
-                groups, shape, max_reqs, num_programs(device, rotation_block), NUM_SLOTS
+                groups, shape, max_reqs, num_programs(device, rotation_block), max_len
             ),
             workspace=empty(num_tiles * TILE * slot * 2, dtype),
             merged=empty(rows * group.maps.head_dim, torch.float32),
             part=empty(rows * group.maps.head_dim, dtype),
             merged_lse=empty(rows, torch.float32),
             num_tiles=num_tiles,
+            branch=torch.cuda.Stream(device) if device.type == "cuda" else None,
         )
 
     @property

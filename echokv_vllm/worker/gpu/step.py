@@ -16,12 +16,10 @@ import torch
 from echokv_kernels.gpu.decode import DecodeBatch
 from echokv_kernels.gpu.stamp import stamp_owners
 from echokv_kernels.gpu.step_plan import plan_step
-from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.step_plan import Shares, StepPlan
 from echokv_vllm import compat
 from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule
 from echokv_vllm.worker.gpu.prefill import PrefillStep, build_prefill
-
-MIN_ITEM_LEN = 256  # tokens; shorter work items cost more to combine than they save
 
 RETAINED, DISCARDED, PAIRED, WHOLE = range(4)  # which rows a schedule is for
 
@@ -88,7 +86,8 @@ class GpuStepBuilder:
         self.max_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.graph_size)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.schedules: dict[tuple[int, int], FlashDecodeSchedule] = {}
-        self.num_programs = self.item_align = self.num_tiles = 1
+        self.shares = Shares(num_shares=1, align=1, min_len=1, rotation_block=0)
+        self.num_tiles = 1
         self.paired = False
         self.plan: StepPlan
         self._context_lens = torch.zeros(self.max_reqs, dtype=torch.int32, device=device)
@@ -98,8 +97,7 @@ class GpuStepBuilder:
         schedules: dict[tuple[int, int], FlashDecodeSchedule],
         *,
         paired: bool,
-        num_programs: int,
-        item_align: int,
+        shares: Shares,
         num_tiles: int,
     ) -> None:
         """Sets what the layers need, once they are known.
@@ -107,12 +105,11 @@ class GpuStepBuilder:
         Args:
             schedules: By (which rows, KV heads).
             paired: R and D rows of a request lie side by side and are attended to in one call.
-            num_programs: Of echoed decode; as many work items are aimed at.
-            item_align: Work items are multiples of it.
+            shares: How the programs of echoed decode share its tokens.
             num_tiles: Tiles of the prefill workspace.
         """
         self.schedules = schedules
-        self.num_programs, self.item_align, self.num_tiles = num_programs, item_align, num_tiles
+        self.shares, self.num_tiles = shares, num_tiles
         self.paired = paired
         self.plan = StepPlan.allocate(
             self.max_reqs,
@@ -172,9 +169,7 @@ class GpuStepBuilder:
             step.query_start_loc,
             step.seq_lens,
             n,
-            num_items=self.num_programs,
-            item_align=self.item_align,
-            min_item_len=MIN_ITEM_LEN,
+            self.shares,
         )
         if step.num_decodes:
             self._schedule_decodes(step)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from echokv_kernels.gpu.decode import EchoedHeads
+from echokv_kernels.gpu.heads import EchoedHeads
+from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.layout import BlockSizes
 from echokv_kernels.rotary import Rotary
+from echokv_kernels.step_plan import Shares
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.worker.gpu.attention import GpuAttention
 from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule, flash_version
@@ -106,8 +108,12 @@ class GpuWorker:
         self.steps.configure(
             schedules,
             paired=paired,
-            num_programs=self.memory.scratch.num_programs,
-            item_align=self.memory.shape.item_align,
+            shares=Shares(
+                num_shares=self.memory.scratch.num_programs,
+                align=self.memory.shape.item_align,
+                min_len=DECODE.min_share_len,
+                rotation_block=self.rotation_block,
+            ),
             num_tiles=self.memory.num_tiles,
         )
 

@@ -1,8 +1,8 @@
 """Absorbed queries: the key maps applied to the queries instead of to the keys.
 
-One vector per rotation block and row (method.md §3). They are needed chunk by chunk; `slots` of
-equal size hold them, one per chunk of a work item. What does not fit the slots is absorbed by the
-program that needs it (absorbed.py), so their number bounds memory and not the context.
+One vector per rotation block and row (method.md §3). A line holds those of one rotation block of
+one request, all rows. Lines are made ahead as far as there is room; the others are absorbed by the
+program that needs them (absorbed.py), so their number bounds memory and not the context.
 """
 
 from __future__ import annotations
@@ -11,19 +11,6 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.rotation import cos_sin, element_pairs, pair_elements
-
-
-@triton.jit
-def find_item(item_end_ptr, item, num_requests, NUM_REQUESTS: tl.constexpr):
-    """The request a work item belongs to and the item's number within it.
-
-    `item_end_ptr` is [num_requests] int32, the inclusive cumulative number of items.
-    """
-    index = tl.arange(0, NUM_REQUESTS)
-    end = tl.load(item_end_ptr + index, mask=index < num_requests, other=2147483647)
-    request = tl.sum((end <= item).to(tl.int32))
-    first = tl.max(tl.where(end <= item, end, 0))
-    return request, item - first
 
 
 @triton.jit
@@ -90,7 +77,8 @@ def absorb_tile(
         tl.store(offset_ptr + block * ECHO_ROWS + row, dot, mask=real)
     q = q.to(dtype)
     a_mask = real[:, None] & known[None, :]
-    for source in range(NUM_SOURCES):
+    # Not pipelined: long heads' maps would not fit shared memory twice.
+    for source in tl.range(0, NUM_SOURCES, num_stages=1):
         # Rows are features of one source head, columns what the map maps to.
         w_ptrs = key_map_ptr + (head * NUM_SOURCES + source) * (HEAD_DIM * HEAD_DIM)
         w_ptrs = w_ptrs + element[None, :]
@@ -109,40 +97,84 @@ def absorb_tile(
 
 
 @triton.jit
-def slot_blocks(
-    query_start_loc_ptr,  # [n + 1] int32
-    seq_lens_ptr,  # [n] int32
-    item_end_ptr,  # [n] int32
-    line,  # [LINES] int32, slot * NUM_BLOCKS + block
-    num_slots,
-    num_requests,
-    item_len,
+def line_of(position, ROTATION_BLOCK: tl.constexpr):
+    """Rotation block of a position within its request."""
+    if ROTATION_BLOCK == 0:
+        return position * 0
+    else:
+        return position // ROTATION_BLOCK
+
+
+@triton.jit
+def ready_line(
+    query_ptr,  # [query heads, HEAD_DIM] of the request's token
+    stride_query_head,
+    key_map_ptr,
+    key_bias_ptr,
+    row_query_ptr,
+    coarse_ptr,
+    fine_ptr,
+    absorbed_ptr,  # [max_lines + programs * NUM_BLOCKS, NUM_ECHOED * GROUP, F]
+    offset_ptr,  # the same without F, float32
+    request_line,
+    own_line,
+    max_lines,
+    start,
+    stop,
     ROTATION_BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    NUM_ECHOED: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Line of the position `start`; lines of a chunk that are not made ahead are made now."""
+    BLOCKS_PER_TILE: tl.constexpr = BLOCK_M // GROUP_PAD
+    NUM_TILES: tl.constexpr = NUM_ECHOED * ((NUM_BLOCKS + BLOCKS_PER_TILE - 1) // BLOCKS_PER_TILE)
+    ROWS: tl.constexpr = NUM_ECHOED * GROUP
+    line = tl.cast(request_line + line_of(start, ROTATION_BLOCK), tl.int64)
+    if request_line + line_of(stop - 1, ROTATION_BLOCK) >= max_lines:
+        line = tl.cast(own_line, tl.int64)
+        for tile in range(NUM_TILES):
+            absorb_tile(
+                query_ptr, stride_query_head, key_map_ptr, key_bias_ptr, row_query_ptr, coarse_ptr,
+                fine_ptr, absorbed_ptr + line * (ROWS * NUM_SOURCES * HEAD_DIM),
+                offset_ptr + line * ROWS, start, stop, tile,
+                ROTATION_BLOCK, NUM_BLOCKS, NUM_ECHOED, GROUP, NUM_SOURCES, HEAD_DIM,
+                ROTARY_DIM, INTERLEAVED, HAS_BIAS, GROUP_PAD, BLOCK_M, HALF_PAD, DIM_PAD,
+            )  # fmt: skip
+        # Written and read with different thread mappings.
+        tl.debug_barrier()
+    return line
+
+
+@triton.jit
+def line_blocks(
+    query_start_loc_ptr,  # [n + 1] int32
+    line_end_ptr,  # [n] int32
+    line,  # [LINES] int32
+    num_lines,
+    num_requests,
+    ROTATION_BLOCK: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
-    """First position, query token and existence of the rotation blocks in slots, [LINES] each."""
-    slot = line // NUM_BLOCKS
-    chunks = tl.cdiv(item_len, CHUNK)
-    item = slot // chunks
-    request = item * 0
+    """First position and query token of the lines' rotation blocks, and which exist, [LINES]."""
+    request = line * 0
     for first in range(0, num_requests, REQUESTS):
         index = first + tl.arange(0, REQUESTS)
-        end = tl.load(item_end_ptr + index, mask=index < num_requests, other=2147483647)
-        request += tl.sum((end[None, :] <= item[:, None]).to(tl.int32), 1)
-    real = (slot < num_slots) & (request < num_requests)
-    before = tl.load(item_end_ptr + request - 1, mask=real & (request > 0), other=0)
-    seq_len = tl.load(seq_lens_ptr + request, mask=real, other=0)
+        end = tl.load(line_end_ptr + index, mask=index < num_requests, other=2147483647)
+        request += tl.sum((end[None, :] <= line[:, None]).to(tl.int32), 1)
+    real = line < num_lines
+    before = tl.load(line_end_ptr + request - 1, mask=real & (request > 0), other=0)
     token = tl.load(query_start_loc_ptr + request, mask=real, other=0).to(tl.int64)
-    item_start = (item - before) * item_len
-    start = item_start + (slot - item * chunks) * CHUNK
-    stop = tl.minimum(tl.minimum(start + CHUNK, item_start + item_len), seq_len)
-    t0 = start
-    if ROTATION_BLOCK != 0:
-        t0 = (start // ROTATION_BLOCK + line % NUM_BLOCKS) * ROTATION_BLOCK
-    # A block longer than a chunk begins before the chunk does.
-    return tl.where(real, t0, 0), token, real & (start < stop) & (t0 < stop)
+    return tl.where(real, line - before, 0) * ROTATION_BLOCK, token, real
 
 
 @triton.jit
@@ -158,27 +190,23 @@ def load_map(
     return tl.load(map_ptr + at, mask=known[:, None] & known[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots"])
+@triton.jit(do_not_specialize=["num_requests", "max_lines"])
 def absorb_kernel(
     query_ptr,  # [T, query heads, HEAD_DIM]
     key_map_ptr,  # [NUM_ECHOED, F, HEAD_DIM]
     key_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
     row_query_ptr,  # [NUM_ROWS] int32
     query_start_loc_ptr,  # [n + 1] int32
-    seq_lens_ptr,  # [n] int32
-    item_end_ptr,  # [n] int32
-    item_len_ptr,  # [1] int32
+    line_end_ptr,  # [n] int32
     coarse_ptr,
     fine_ptr,
-    absorbed_ptr,  # [slots, NUM_BLOCKS, NUM_ECHOED * GROUP, F]
-    offset_ptr,  # [slots, NUM_BLOCKS, NUM_ECHOED * GROUP] float32
+    absorbed_ptr,  # [max_lines, NUM_ECHOED * GROUP, F]
+    offset_ptr,  # [max_lines, NUM_ECHOED * GROUP] float32
     num_requests,
-    num_slots,
+    max_lines,
     stride_query_token,
     stride_query_head,
     ROTATION_BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     NUM_ECHOED: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_SOURCES: tl.constexpr,
@@ -192,18 +220,16 @@ def absorb_kernel(
     MEMBERS: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """Fills the slots. Grid: (heads * parts of a group * parts of the sources, programs).
+    """Fills the lines. Grid: (heads * parts of a group * parts of the sources, programs).
 
-    Programs of one part share the rotation blocks, LINES at a time, of whichever requests. A
-    program turns the queries of MEMBERS query heads back, keeps them in shared memory, and takes
-    SOURCES source heads' maps in turn.
+    Programs of one part take LINES lines at a time, of whichever requests. A program turns the
+    queries of MEMBERS query heads back, keeps them in shared memory, and takes SOURCES source
+    heads' maps in turn.
     """
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
-    num_items = tl.load(item_end_ptr + num_requests - 1)
-    item_len = tl.load(item_len_ptr)
-    used = tl.minimum(num_items * tl.cdiv(item_len, CHUNK), num_slots)
-    if tl.program_id(1) * LINES >= used * NUM_BLOCKS:
+    num_lines = tl.minimum(tl.load(line_end_ptr + num_requests - 1), max_lines)
+    if tl.program_id(1) * LINES >= num_lines:
         return
     SOURCE_PARTS: tl.constexpr = NUM_SOURCES // SOURCES
     first_row = tl.program_id(0) // SOURCE_PARTS * MEMBERS
@@ -214,15 +240,15 @@ def absorb_kernel(
     known = pair < HEAD_DIM // 2
     first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
     step = tl.num_programs(1) * LINES
-    for start in range(tl.program_id(1) * LINES, used * NUM_BLOCKS, step):
+    for start in range(tl.program_id(1) * LINES, num_lines, step):
         line = start + tl.arange(0, LINES)
-        t0, token, real = slot_blocks(
-            query_start_loc_ptr, seq_lens_ptr, item_end_ptr, line, used, num_requests, item_len,
-            ROTATION_BLOCK, NUM_BLOCKS, CHUNK, REQUESTS,
+        t0, token, real = line_blocks(
+            query_start_loc_ptr, line_end_ptr, line, num_lines, num_requests, ROTATION_BLOCK,
+            REQUESTS,
         )  # fmt: skip
         mask = real[:, None] & known[None, :]
         if ROTATION_BLOCK != 0:
-            cos, sin = cos_sin(coarse_ptr, fine_ptr, tl.where(real, t0, 0), pair, HEAD_DIM)
+            cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
         turned = ()
         for member in tl.static_range(MEMBERS):
             row = first_row + member

@@ -1,8 +1,8 @@
 """Decode attention over echoed context, by absorbed queries: one pass over the retained pages.
 
-Every compressed decode request is cut into work items of consecutive tokens (step_plan). Programs
-take items in turn, and an item chunk by chunk; a chunk is what one slot of absorbed queries is for.
-Narrow features take one loop over the tokens (fused.py), wide ones two:
+The tokens of compressed decodes are cut into equal shares, one per program, and a share at the end
+of a request into work items (step_plan). A program takes its items chunk by chunk; chunks begin at
+multiples of their length. Narrow features take one loop over the tokens (fused.py), wide ones two:
 
     scores    S[token, row]       A . x_K, masked, to scratch; running maximum
     values    acc[F, row]         sum_t exp2(S - m) x_V(t)
@@ -21,8 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.absorb import absorb_tile, find_item
-from echokv_kernels.gpu.fused import fused_tiles
+from echokv_kernels.gpu.absorb import ready_line
+from echokv_kernels.gpu.shares import find_request
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
 
 
@@ -93,7 +93,7 @@ def absorbed_scores(
             x = tl.load(x_ptrs + offsets[head], mask=x_mask, other=0.0)
             a = load_absorbed(
                 absorbed_ptr, own_ptrs, row_source, block, source, ECHO_ROWS, F, HEAD_DIM, ROW_PAD,
-                DIM_PAD,
+                DIM_PAD, True,
             )  # fmt: skip
             acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
         following = start + (i + 1) // NUM_STEPS * BLOCK_T + slot
@@ -184,7 +184,7 @@ def weighted_values(
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots"])
+@triton.jit(do_not_specialize=["num_requests", "max_lines"])
 def absorbed_decode_kernel(
     query_ptr,  # [T, query heads, HEAD_DIM]
     pool_ptr,  # PagedFeatures.pool
@@ -197,18 +197,19 @@ def absorbed_decode_kernel(
     exact_ptr,  # [n, residual pages] uint8
     query_start_loc_ptr,  # [n + 1] int32
     seq_lens_ptr,  # [n] int32
-    item_end_ptr,  # [n] int32
-    item_len_ptr,  # [1] int32
+    token_end_ptr,  # [n] int64
+    line_end_ptr,  # [n] int32
+    share_len_ptr,  # [1] int64
     coarse_ptr,
     fine_ptr,
-    absorbed_ptr,  # [slots + programs, absorbed size]
-    offset_ptr,  # [slots + programs, NUM_BLOCKS * NUM_ECHOED * GROUP] float32
+    absorbed_ptr,  # [max_lines + programs * NUM_BLOCKS, NUM_ECHOED * GROUP, F]
+    offset_ptr,  # the same without F, float32
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
     sum_ptr,  # [items, ROW_PAD, F] float32
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     num_requests,
-    num_slots,
+    max_lines,
     stride_query_token,
     stride_query_head,
     stride_table,
@@ -240,108 +241,65 @@ def absorbed_decode_kernel(
     VALUE_T: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
 ):
     """Persistent programs; see the module's docstring."""
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
-    num_items = tl.load(item_end_ptr + num_requests - 1)
-    if program >= num_items:
+    num_tokens = tl.load(token_end_ptr + num_requests - 1)
+    share_len = tl.load(share_len_ptr)
+    position = program.to(tl.int64) * share_len
+    if position >= num_tokens:
         return
-    item_len = tl.load(item_len_ptr)
-    absorbed_size: tl.constexpr = NUM_BLOCKS * ECHO_ROWS * F
+    share_end = tl.minimum(position + share_len, num_tokens)
+    own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
-    BLOCKS_PER_TILE: tl.constexpr = BLOCK_M // GROUP_PAD
-    NUM_TILES: tl.constexpr = NUM_ECHOED * ((NUM_BLOCKS + BLOCKS_PER_TILE - 1) // BLOCKS_PER_TILE)
-    chunks = tl.cdiv(item_len, CHUNK)
     row = tl.arange(0, ROW_PAD)
     row_query = tl.load(row_query_ptr + row, mask=row < NUM_ROWS, other=0)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
-    for item in range(program, num_items, tl.num_programs(0)):
-        request, part = find_item(item_end_ptr, item, num_requests, NUM_REQUESTS)
-        seq_len = tl.load(seq_lens_ptr + request)
-        token = tl.load(query_start_loc_ptr + request).to(tl.int64)
+    while position < share_end:
+        request, before, behind, request_line, seq_len, token = find_request(
+            token_end_ptr, line_end_ptr, seq_lens_ptr, query_start_loc_ptr, position, num_requests,
+            NUM_REQUESTS,
+        )  # fmt: skip
+        item = tl.cast(program + request, tl.int64)
         query = query_ptr + token * stride_query_token
         table = table_ptr + request.to(tl.int64) * stride_table
         exact = exact_ptr + request.to(tl.int64) * stride_exact
-        sums = sum_ptr + tl.cast(item, tl.int64) * (ROW_PAD * F)
-        item_start = part * item_len
-        item_stop = tl.minimum(item_start + item_len, seq_len)
+        sums = sum_ptr + item * (ROW_PAD * F)
+        item_start = (position - before).to(tl.int32)
+        item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
-        if FUSED:
-            total = tl.zeros([ROW_PAD, BLOCK_T], tl.float32)
-            acc = ()
-            for _ in tl.static_range(NUM_SOURCES):
-                acc += (tl.zeros([ROW_PAD, DIM_PAD], tl.float32),)  # type: ignore[assignment]
-        else:
-            total = tl.zeros([ROW_PAD], tl.float32)
-        for start in range(item_start, item_stop, CHUNK):
-            stop = tl.minimum(start + CHUNK, item_stop)
-            slot = item * chunks + (start - item_start) // CHUNK
-            if slot >= num_slots:
-                slot = num_slots + program
-            absorbed = absorbed_ptr + tl.cast(slot, tl.int64) * absorbed_size
-            offset = offset_ptr + tl.cast(slot, tl.int64) * (NUM_BLOCKS * ECHO_ROWS)
-            if slot >= num_slots:
-                for tile in range(NUM_TILES):
-                    absorb_tile(
-                        query, stride_query_head, key_map_ptr, key_bias_ptr, row_query_ptr,
-                        coarse_ptr, fine_ptr, absorbed, offset, start, stop, tile,
-                        ROTATION_BLOCK, NUM_BLOCKS, NUM_ECHOED, GROUP, NUM_SOURCES, HEAD_DIM,
-                        ROTARY_DIM, INTERLEAVED, HAS_BIAS, GROUP_PAD, BLOCK_M, HALF_PAD, DIM_PAD,
-                    )  # fmt: skip
-                # Written and read with different thread mappings.
-                tl.debug_barrier()
-            if FUSED:
-                if ONE_BLOCK and ROTATION_BLOCK != 0:
-                    origin = start // ROTATION_BLOCK * ROTATION_BLOCK
-                    for begin in range(origin, stop, ROTATION_BLOCK):
-                        block = (begin - origin) // ROTATION_BLOCK
-                        maximum, total, acc = fused_tiles(
-                            pool_ptr, block_stride, source_offset_ptr, table, exact, query,
-                            stride_query_head, absorbed + block * (ECHO_ROWS * F),
-                            offset + block * ECHO_ROWS, row_query, row_source, maximum, total, acc,
-                            tl.maximum(start, begin), tl.minimum(stop, begin + ROTATION_BLOCK),
-                            seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS, NUM_SOURCES, HEAD_DIM,
-                            HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T, ROW_PAD, DIM_PAD,
-                            True, SCORE_STAGES,
-                        )  # fmt: skip
-                else:
-                    maximum, total, acc = fused_tiles(
-                        pool_ptr, block_stride, source_offset_ptr, table, exact, query,
-                        stride_query_head, absorbed, offset, row_query, row_source, maximum, total,
-                        acc, start, stop, seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS,
-                        NUM_SOURCES, HEAD_DIM, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T,
-                        ROW_PAD, DIM_PAD, ONE_BLOCK, SCORE_STAGES,
-                    )  # fmt: skip
-            else:
-                new_maximum = absorbed_scores(
-                    pool_ptr, block_stride, source_offset_ptr, table, exact, query,
-                    stride_query_head, absorbed, offset, scores, row_query, row_source, maximum,
-                    start, stop, seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS, NUM_SOURCES,
-                    HEAD_DIM, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T, ROW_PAD,
-                    SCORE_HEADS, DIM_PAD, SCORE_STAGES,
-                )  # fmt: skip
-                tl.debug_barrier()
-                base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-                shrink = tl.exp2(maximum - base)
-                total = total * shrink + weighted_values(
-                    pool_ptr, block_stride, source_offset_ptr, table, scores, sums, base, shrink,
-                    row_source, start, stop, start == item_start,
-                    NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
-                    VALUE_STAGES,
-                )  # fmt: skip
-                maximum = new_maximum
-                tl.debug_barrier()
+        total = tl.zeros([ROW_PAD], tl.float32)
+        for chunk in range(item_start // CHUNK, tl.cdiv(item_stop, CHUNK)):
+            start = tl.maximum(item_start, chunk * CHUNK)
+            stop = tl.minimum(item_stop, (chunk + 1) * CHUNK)
+            line = ready_line(
+                query, stride_query_head, key_map_ptr, key_bias_ptr, row_query_ptr, coarse_ptr,
+                fine_ptr, absorbed_ptr, offset_ptr, request_line, own_line, max_lines, start, stop,
+                ROTATION_BLOCK, NUM_BLOCKS, NUM_ECHOED, GROUP, NUM_SOURCES, HEAD_DIM, ROTARY_DIM,
+                INTERLEAVED, HAS_BIAS, GROUP_PAD, BLOCK_M, HALF_PAD, DIM_PAD,
+            )  # fmt: skip
+            absorbed = absorbed_ptr + line * (ECHO_ROWS * F)
+            offset = offset_ptr + line * ECHO_ROWS
+            new_maximum = absorbed_scores(
+                pool_ptr, block_stride, source_offset_ptr, table, exact, query,
+                stride_query_head, absorbed, offset, scores, row_query, row_source, maximum,
+                start, stop, seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS, NUM_SOURCES,
+                HEAD_DIM, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_T, ROW_PAD,
+                SCORE_HEADS, DIM_PAD, SCORE_STAGES,
+            )  # fmt: skip
+            tl.debug_barrier()
+            base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            shrink = tl.exp2(maximum - base)
+            total = total * shrink + weighted_values(
+                pool_ptr, block_stride, source_offset_ptr, table, scores, sums, base, shrink,
+                row_source, start, stop, start == item_start,
+                NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
+                VALUE_STAGES,
+            )  # fmt: skip
+            maximum = new_maximum
+            tl.debug_barrier()
         tl.store(maximum_ptr + item * ROW_PAD + row, maximum)
-        if FUSED:
-            tl.store(total_ptr + item * ROW_PAD + row, tl.sum(total, 1))
-            element = tl.arange(0, DIM_PAD)
-            for source in tl.static_range(NUM_SOURCES):
-                wanted = (row_source == -1) | (row_source == source)
-                out = sums + row[:, None] * F + (source * HEAD_DIM + element)[None, :]
-                tl.store(out, acc[source], mask=wanted[:, None] & (element < HEAD_DIM)[None, :])
-        else:
-            tl.store(total_ptr + item * ROW_PAD + row, total)
+        tl.store(total_ptr + item * ROW_PAD + row, total)
+        position = behind

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from echokv_kernels.gpu.shares import item_range
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -110,7 +112,7 @@ def add_part(
     return out, total * keep + weight, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_exact_lse_token", "stride_exact_lse_row"])
 def combine_kernel(
     output_ptr,  # [T, query heads, HEAD_DIM], written
     query_ptr,  # [T, query heads, HEAD_DIM]
@@ -128,7 +130,8 @@ def combine_kernel(
     head_kv_ptr,  # [NUM_ECHOED] int32, KV heads
     query_start_loc_ptr,  # [n + 1] int32
     seq_lens_ptr,  # [n] int32
-    item_end_ptr,  # [n] int32
+    token_end_ptr,  # [n] int64
+    share_len_ptr,  # [1] int64
     sum_ptr,  # [items, ROW_PAD, F] float32
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
@@ -168,10 +171,7 @@ def combine_kernel(
     request = tl.program_id(0)
     head = tl.program_id(1)
     source = tl.program_id(2)
-    last = tl.load(item_end_ptr + request)
-    first = 0
-    if request > 0:
-        first = tl.load(item_end_ptr + request - 1)
+    first, last = item_range(token_end_ptr, share_len_ptr, request)
     if first == last:
         return
     # Long before they are used: each would wait for memory again at the end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -12,8 +13,9 @@ class DecodeTiles:
     """Absorbed decode.
 
     Attributes:
-        chunk_len: tokens that one slot of absorbed queries serves; with two loops, also tokens
-            taken through the first before the second, whose scores should stay in the L2 cache.
+        chunk_len: tokens whose queries a program absorbs at once where they are not made ahead;
+            with two loops, also tokens taken through the first before the second, whose scores
+            should stay in the L2 cache.
         block_len: tokens per tile of keys, at most.
         programs_per_sm: persistent programs per multiprocessor.
         num_warps: warps per program.
@@ -28,8 +30,10 @@ class DecodeTiles:
         fused_stages: depth of its pipeline.
         hold_from: rotation blocks from this length on get their absorbed queries once, at the
             price of a pipeline that begins anew with each of them.
-        max_sums: sums a program may hold in registers, rows times features.
+        max_sums: sums a program may hold in registers, echoed rows times features.
         shared_bytes: shared memory that pipelines may take.
+        min_share_len: tokens of a program, at least; shorter shares cost more to combine than they
+            save.
     """
 
     chunk_len: int = 1024
@@ -47,10 +51,11 @@ class DecodeTiles:
     hold_from: int = 1024
     max_sums: int = 32 * 512
     shared_bytes: int = 200 * 1024
+    min_share_len: int = 128
 
-    def is_fused(self, row_pad: int, width: int, itemsize: int) -> bool:
+    def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
         """Whether one loop takes keys and values; `width` features padded, `itemsize` bytes."""
-        return width * itemsize <= self.fused_bytes and row_pad * width <= self.max_sums
+        return width * itemsize <= self.fused_bytes and echo_pad * width <= self.max_sums
 
     def stages(self, wanted: int, stage_bytes: int) -> int:
         """Depth of a pipeline that fits the shared memory."""
@@ -99,13 +104,17 @@ class AbsorbTiles:
     programs_per_program: int = 4
     num_warps: int = 4
 
-    def parts(self, group: int, num_sources: int, rotation_block: int) -> tuple[int, int]:
+    def parts(
+        self, group: int, num_sources: int, rotation_block: int, dim_pad: int
+    ) -> tuple[int, int]:
         """Query heads and source heads of a program, divisors of a group and of the sources.
 
-        Few rotation blocks make few programs, so those of long blocks take one source each.
+        Few rotation blocks make few programs, so those of long blocks take one source each. Shared
+        memory holds so many queries of up to 128 elements, fewer of longer ones.
         """
-        wanted = self.max_sources if 0 < rotation_block < 128 else 1
-        return _divisor(group, self.members), _divisor(num_sources, wanted)
+        members = max(1, self.members * 128 // max(128, dim_pad))
+        sources = self.max_sources if 0 < rotation_block < 128 else 1
+        return _divisor(group, members), _divisor(num_sources, sources)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -178,12 +187,20 @@ COMBINE = CombineTiles()
 UNROTATED = UnrotatedTiles()
 
 
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an interpreter runs a few programs, one after the other."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def num_programs(device: torch.device, rotation_block: int, tiles: DecodeTiles = DECODE) -> int:
-    """Persistent programs of echoed decode; an interpreter runs a few, one after the other."""
+    """Persistent programs of echoed decode."""
     if device.type != "cuda":
         return 3
     per_sm = UNROTATED.programs_per_sm if rotation_block == 1 else tiles.programs_per_sm
-    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_sm * num_multiprocessors(device)
 
 
 @dataclass(frozen=True)

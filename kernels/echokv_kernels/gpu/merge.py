@@ -38,8 +38,11 @@ def _known_lse(
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
-# Numbers of tokens differ from step to step: no new compilation for multiples of 16.
-@triton.jit(do_not_specialize=["first_token", "num_tokens"])
+# Numbers of tokens and places in shared buffers differ from step to step: one variant for all.
+@triton.jit(
+    do_not_specialize=["first_token", "num_tokens", "stride_lse", "stride_part_lse"],
+    do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr", "token_request_ptr"],
+)
 def merge_partial_kernel(
     out_ptr,  # [T, h, HEAD_DIM] float32, changed
     lse_ptr,  # [h, T] float32, changed
@@ -92,7 +95,7 @@ def merge_partial_kernel(
     tl.store(lse_at, lse, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["token_request_ptr"])
 def write_merged_kernel(
     output_ptr,  # [T, HQ, HEAD_DIM] model dtype, written
     out_ptr,  # [T, h, HEAD_DIM] float32

@@ -165,7 +165,17 @@ def _fill_copied(
     )
 
 
-@triton.jit(do_not_specialize=["num_exact"])
+# Widths of tables and places in shared buffers differ from step to step: one variant for all.
+@triton.jit(
+    do_not_specialize=[
+        "num_exact", "stride_residual_table", "stride_exact", "stride_retained_table",
+    ],
+    do_not_specialize_on_alignment=[
+        "tile_request_ptr", "tile_start_ptr", "group_heads_ptr", "residual_table_ptr", "exact_ptr",
+        "compressed_ptr", "retained_table_ptr", "seq_lens_ptr", "context_lens_ptr",
+        "query_start_loc_ptr", "discarded_ptr",
+    ],
+)  # fmt: skip
 def materialize_kernel(
     workspace_ptr,  # [num_tiles, TILE, nd, 2, HEAD_DIM] model dtype, written
     tile_request_ptr,  # [num_tiles] int32, -1: unused

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from echokv_kernels.step_plan import StepPlan, check_step
+from echokv_kernels.step_plan import Shares, StepPlan, check_step
 
 PAGE_BLOCK = 1024  # columns of a block table per round of a program
 PAGE_WARPS = 8
@@ -135,17 +135,19 @@ def _rows_kernel(
         tl.store(lens_ptr + row + ROWS_PER_PART, tl.where(usable, kept_len, 0))
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_items", "item_align", "min_item_len"])
-def _items_kernel(
-    item_end_ptr,  # [max_reqs] int32
-    item_len_ptr,  # [1] int32
+@triton.jit(do_not_specialize=["num_reqs", "num_shares", "align", "min_len"])
+def _shares_kernel(
+    token_end_ptr,  # [max_reqs] int64
+    line_end_ptr,  # [max_reqs] int32
+    share_len_ptr,  # [1] int64
     compressed_ptr,  # [max_reqs] int32
     query_start_loc_ptr,  # [>= n + 1] int32 or int64
     seq_lens_ptr,  # [>= n] int32 or int64
     num_reqs,
-    num_items,
-    item_align,
-    min_item_len,
+    num_shares,
+    align,
+    min_len,
+    ROTATION_BLOCK: tl.constexpr,
     REQUEST_BLOCK: tl.constexpr,
 ):
     request = tl.arange(0, REQUEST_BLOCK)
@@ -153,15 +155,17 @@ def _items_kernel(
     query_len, seq_len = _request(query_start_loc_ptr, seq_lens_ptr, request, known)
     compressed = tl.load(compressed_ptr + request, mask=known, other=0)
     tokens = tl.where((query_len == 1) & (compressed != 0), seq_len, 0)
-    total_len = tl.sum(tokens.to(tl.int64), 0)
-    num_compressed = tl.sum((tokens > 0).to(tl.int32), 0)
-    spare = num_items - num_compressed
-    num_whole = tl.where(spare >= num_compressed, spare, num_items)
-    item_len = tl.maximum((total_len + num_whole - 1) // num_whole, min_item_len)
-    item_len = ((item_len + item_align - 1) // item_align * item_align).to(tl.int32)
-    items = (tokens + item_len - 1) // item_len
-    tl.store(item_end_ptr + request, tl.cumsum(items, 0), mask=known)
-    tl.store(item_len_ptr, item_len)
+    padded = ((tokens + align - 1) // align * align).to(tl.int64)
+    share_len = tl.maximum((tl.sum(padded, 0) + num_shares - 1) // num_shares, min_len)
+    tl.store(share_len_ptr, (share_len + align - 1) // align * align)
+    tl.store(token_end_ptr + request, tl.cumsum(padded, 0), mask=known)
+    if ROTATION_BLOCK == 0:
+        lines = (tokens > 0).to(tl.int32)
+    elif ROTATION_BLOCK == 1:
+        lines = tokens * 0
+    else:
+        lines = (tokens + ROTATION_BLOCK - 1) // ROTATION_BLOCK
+    tl.store(line_end_ptr + request, tl.cumsum(lines, 0), mask=known)
 
 
 def plan_step(
@@ -172,19 +176,15 @@ def plan_step(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     num_reqs: int,
-    *,
-    num_items: int,
-    item_align: int,
-    min_item_len: int,
+    shares: Shares,
 ) -> None:
     """Fills the plan of one step, after `stamp_owners`. No allocation, no synchronisation.
 
     Arguments and errors are those of `echokv_kernels.step_plan.plan_step`. The grid follows
     `num_reqs`, so a captured graph serves every step that is padded to as many requests.
     """
-    item_sizes = (num_items, item_align, min_item_len)
     tables = (retained_table, residual_table)
-    check_step(plan, owner, tables, query_start_loc, seq_lens, num_reqs, item_sizes)
+    check_step(plan, owner, tables, query_start_loc, seq_lens, num_reqs)
     if num_reqs == 0:
         return
     rows_per_request, rows_per_part = plan.row_strides
@@ -211,16 +211,18 @@ def plan_step(
         PAGE_BLOCK=PAGE_BLOCK,
         num_warps=PAGE_WARPS,
     )
-    _items_kernel[(1,)](
-        plan.item_end,
-        plan.item_len,
+    _shares_kernel[(1,)](
+        plan.token_end,
+        plan.line_end,
+        plan.share_len,
         plan.compressed,
         query_start_loc,
         seq_lens,
         num_reqs,
-        num_items,
-        item_align,
-        min_item_len,
+        shares.num_shares,
+        shares.align,
+        shares.min_len,
+        ROTATION_BLOCK=shares.rotation_block,
         # Of the plan's size, not the step's: one variant is compiled, before serving.
         REQUEST_BLOCK=max(32, triton.next_power_of_2(plan.max_reqs)),
         num_warps=4,

@@ -43,12 +43,19 @@ def load_absorbed(
     HEAD_DIM: tl.constexpr,
     ROW_PAD: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    HAS_OWN: tl.constexpr,
 ):
-    """Rows' queries of one source head, [ROW_PAD, DIM_PAD]: absorbed, or own where it is theirs."""
+    """Rows' queries of one source head, [ROW_PAD, DIM_PAD]: absorbed, or own where it is theirs.
+
+    Tiles of one rotation block find them in the L1 cache.
+    """
     row = tl.arange(0, ROW_PAD)
     element = tl.arange(0, DIM_PAD)
-    echoed = row < ECHO_ROWS
+    wanted = row < ECHO_ROWS
     a_row = tl.multiple_of((block * ECHO_ROWS + row) * F + source * HEAD_DIM, 16)
-    a_ptrs = tl.where(echoed, absorbed_ptr + a_row, own_ptrs)
-    mask = (echoed | (row_source == source))[:, None] & (element < HEAD_DIM)[None, :]
-    return tl.load(a_ptrs[:, None] + element[None, :], mask=mask, other=0.0)
+    a_ptrs = absorbed_ptr + a_row
+    if HAS_OWN:
+        a_ptrs = tl.where(wanted, a_ptrs, own_ptrs)
+        wanted = wanted | (row_source == source)
+    mask = wanted[:, None] & (element < HEAD_DIM)[None, :]
+    return tl.load(a_ptrs[:, None] + element[None, :], mask=mask, other=0.0, cache_modifier=".ca")

@@ -2,7 +2,7 @@
 
 Every token has a rotation of its own, so no query can be absorbed: the keys themselves are rebuilt,
 one product of features and key maps per token, and everything else follows from that product being
-the work. A program takes work items chunk by chunk, and a chunk tile by tile. With s the first
+the work. A program takes its work items chunk by chunk, and a chunk tile by tile. With s the first
 position of a tile and t = s + i:
 
     plain      R(-t) x_K(t)                       the tile's features, to scratch
@@ -22,16 +22,18 @@ import torch
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.absorb import find_item
 from echokv_kernels.gpu.absorbed import weighted_values
 from echokv_kernels.gpu.launch import UNROTATED
 from echokv_kernels.gpu.plain import fill_places, plain_features, turn_queries
 from echokv_kernels.gpu.projection import column_elements
+from echokv_kernels.gpu.shares import find_request
 
 if TYPE_CHECKING:
-    from echokv_kernels.gpu.decode import DecodeBatch, DecodeScratch, DecodeShape, EchoedHeads
+    from echokv_kernels.gpu.decode import DecodeBatch
+    from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DecodeTiles
     from echokv_kernels.gpu.rotation import RotationTable
+    from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 
 
 @triton.jit
@@ -313,8 +315,8 @@ def unrotated_decode_kernel(
     exact_ptr,  # [n, residual pages] uint8
     query_start_loc_ptr,  # [n + 1] int32
     seq_lens_ptr,  # [n] int32
-    item_end_ptr,  # [n] int32
-    item_len_ptr,  # [1] int32
+    token_end_ptr,  # [n] int64
+    share_len_ptr,  # [1] int64
     coarse_ptr,
     fine_ptr,
     place_ptr,  # [programs, 2, BLOCK_M, HALF_PAD] float16, or float32 like the cache
@@ -362,10 +364,12 @@ def unrotated_decode_kernel(
     NUM_TILES: tl.constexpr = CHUNK // BLOCK_M
     TURNED: tl.constexpr = (NUM_TILES * ECHO_ROWS + NUM_ROWS - ECHO_ROWS) * (2 * HALF_PAD)
     program = tl.program_id(0)
-    num_items = tl.load(item_end_ptr + num_requests - 1)
-    if program >= num_items:
+    num_tokens = tl.load(token_end_ptr + num_requests - 1)
+    share_len = tl.load(share_len_ptr)
+    position = program.to(tl.int64) * share_len
+    if position >= num_tokens:
         return
-    item_len = tl.load(item_len_ptr)
+    share_end = tl.minimum(position + share_len, num_tokens)
     place = program.to(tl.int64)
     plain = plain_ptr + place * (BLOCK_M * F)
     turned = turned_ptr + place * TURNED
@@ -374,15 +378,18 @@ def unrotated_decode_kernel(
     fill_places(places, fine_ptr, HEAD_DIM, BLOCK_M, HALF_PAD)
     row = tl.arange(0, ROW_PAD)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
-    for item in range(program, num_items, tl.num_programs(0)):
-        request, part = find_item(item_end_ptr, item, num_requests, NUM_REQUESTS)
-        seq_len = tl.load(seq_lens_ptr + request)
-        token = tl.load(query_start_loc_ptr + request).to(tl.int64)
+    while position < share_end:
+        # Its lines are nobody's: there is nothing to absorb.
+        request, before, behind, _, seq_len, token = find_request(
+            token_end_ptr, seq_lens_ptr, seq_lens_ptr, query_start_loc_ptr, position, num_requests,
+            NUM_REQUESTS,
+        )  # fmt: skip
+        item = program + request
         table = table_ptr + request.to(tl.int64) * stride_table
         exact = exact_ptr + request.to(tl.int64) * stride_exact
         sums = sum_ptr + tl.cast(item, tl.int64) * (ROW_PAD * F)
-        item_start = part * item_len
-        item_stop = tl.minimum(item_start + item_len, seq_len)
+        item_start = (position - before).to(tl.int32)
+        item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
         for start in range(item_start, item_stop, CHUNK):
@@ -409,6 +416,7 @@ def unrotated_decode_kernel(
             tl.debug_barrier()
         tl.store(maximum_ptr + item * ROW_PAD + row, maximum)
         tl.store(total_ptr + item * ROW_PAD + row, total)
+        position = behind
 
 
 def unrotated_sizes(heads: EchoedHeads, shape: DecodeShape) -> tuple[int, int, int]:
@@ -430,7 +438,7 @@ def launch_unrotated(
     rotation: RotationTable,
     scale_log2: float,
 ) -> None:
-    """Fills `scratch.sums`, `maximum` and `total`; arguments as in `decode.echoed_decode`."""
+    """Fills `scratch.sums`, `maximum` and `total`; arguments as in `decode.attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
     assert maps.key.numel() < 2**31, "elements of a layer's key maps are counted in 32 bits"
     head_dim, group = maps.head_dim, heads.group
@@ -441,7 +449,7 @@ def launch_unrotated(
         query, features.pool, features.offsets, maps.key,
         maps.key if maps.key_bias is None else maps.key_bias,
         heads.row_query, heads.row_source, batch.retained_table, plan.exact,
-        batch.query_start_loc, batch.seq_lens, plan.item_end, plan.item_len,
+        batch.query_start_loc, batch.seq_lens, plan.token_end, plan.share_len,
         rotation.coarse, rotation.fine, scratch.places, scratch.plain, scratch.turned,
         scratch.scores, scratch.sums, scratch.maximum, scratch.total,
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),

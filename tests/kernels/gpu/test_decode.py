@@ -11,7 +11,7 @@ from echokv_kernels.attention import paged_attention
 from echokv_kernels.decode import absorbed_decode
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource, rebuilt_attention
 from echokv_kernels.softmax import merge_attention
-from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.step_plan import Shares, StepPlan, plan_shares
 from echokv_kernels.tiles import split_queries
 
 HEADS = 3  # KV heads that layer 0 retains
@@ -25,7 +25,7 @@ class Scene:
         self, kit, device, rotation_block=64, group=2, head_dim=32, block_size=16,
         residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
         interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
-        full=(1,), chunk_len=128, num_programs=3, num_slots=4, num_retained=HEADS, seed=0,
+        full=(1,), chunk_len=128, num_programs=3, max_lines=6, num_retained=HEADS, seed=0,
         fused_bytes=1024,
     ):  # fmt: skip
         self.kit, self.device, self.dtype = kit, device, dtype
@@ -70,38 +70,28 @@ class Scene:
         self.exact_lens = torch.tensor([request % 2 for request in range(n)], dtype=torch.int32)
         self.exact_out[self.exact_lens == 0] = float("nan")
         self.exact_lse[self.exact_lens == 0] = float("nan")
-        self.chunk_len, self.num_programs, self.num_slots = chunk_len, num_programs, num_slots
+        self.chunk_len, self.num_programs, self.max_lines = chunk_len, num_programs, max_lines
         self.fused_bytes = fused_bytes
 
-    def plan(self, item_align):
+    def plan(self, align):
         n, batch = len(self.batch.query_lens), self.batch
         plan = StepPlan.allocate(
             n, batch.max_len, batch.block_size, self.residual_block_size, True, self.device
         )
         plan.exact.fill_(255)
         plan.exact[:, : self.exact.shape[1]].copy_(self.exact)
-        compressed = [request for request in range(n) if request not in self.full]
-        total = sum(int(batch.seq_lens[request]) for request in compressed)
-        item_len = max(64, -(-total // self.num_programs) // item_align * item_align + item_align)
-        items = [
-            -(-int(batch.seq_lens[request]) // item_len) if request in compressed else 0
-            for request in range(n)
-        ]
-        plan.item_end.copy_(torch.tensor(items).cumsum(0))
-        plan.item_len.fill_(item_len)
+        tokens = batch.seq_lens.to(device=self.device, dtype=torch.int64, copy=True)
+        tokens[list(self.full)] = 0
+        plan_shares(plan, tokens, Shares(self.num_programs, align, 64, self.rotation_block))
         return plan
 
     def run(self):
         """The kernels' output; poison where they write nothing."""
-        from echokv_kernels.gpu.decode import (
-            DecodeBatch,
-            DecodeScratch,
-            DecodeShape,
-            EchoedHeads,
-            echoed_decode,
-        )  # fmt: skip
+        from echokv_kernels.gpu.decode import DecodeBatch, echoed_decode
+        from echokv_kernels.gpu.heads import EchoedHeads
         from echokv_kernels.gpu.launch import DecodeTiles
         from echokv_kernels.gpu.rotation import RotationTable
+        from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape, line_size
 
         device, batch = self.device, self.batch
         source = FeatureSource(
@@ -130,7 +120,8 @@ class Scene:
         )
         shape = DecodeShape.of(self.rotation_block, tiles)
         scratch = DecodeScratch.allocate(
-            [heads], shape, len(batch.query_lens), self.num_programs, self.num_slots
+            [heads], shape, len(batch.query_lens), self.num_programs, batch.max_len,
+            self.max_lines * line_size(heads) * self.dtype.itemsize,
         )
         for field in dataclasses.fields(scratch):
             memory = getattr(scratch, field.name)
@@ -283,8 +274,8 @@ def test_more_programs_than_items_and_the_reverse(kit, device):
 
 
 def test_unabsorbable_rotation_block(kit, device):
-    from echokv_kernels.gpu.decode import DecodeShape
     from echokv_kernels.gpu.launch import DecodeTiles
+    from echokv_kernels.gpu.scratch import DecodeShape
 
     with pytest.raises(ValueError, match=r"rotation_block is 24.*multiple of 16"):
         DecodeShape.of(24, DecodeTiles())

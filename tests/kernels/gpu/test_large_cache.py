@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
-from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.step_plan import Shares, StepPlan, plan_shares
 
 pytestmark = pytest.mark.gpu
 
@@ -84,21 +84,16 @@ def rotation() -> object:
 
 
 def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch.Tensor:
-    from echokv_kernels.gpu.decode import (
-        DecodeBatch,
-        DecodeScratch,
-        DecodeShape,
-        EchoedHeads,
-        echoed_decode,
-    )
+    from echokv_kernels.gpu.decode import DecodeBatch, echoed_decode
+    from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
+    from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 
     n, device = len(CONTEXTS), retained.device
     heads = EchoedHeads.of(source_of(retained), maps, [(2, 0), (3, 1)], [(0, 0), (1, 1)], GROUP)
     shape = DecodeShape.of(64, DECODE)
     plan = StepPlan.allocate(n, max(CONTEXTS), BLOCK, BLOCK, True, device)
-    plan.item_len.fill_(128)
-    plan.item_end.copy_(torch.tensor([-(-length // 128) for length in CONTEXTS]).cumsum(0))
+    plan_shares(plan, torch.tensor(CONTEXTS, device=device), Shares(8, shape.item_align, 64, 64))
     seq_lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
     batch = DecodeBatch(
         num_reqs=n, plan=plan, retained_table=table, seq_lens=seq_lens,
@@ -110,7 +105,7 @@ def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch
         torch.randn(n, 4, HEAD_DIM, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
     output = torch.full_like(query, float("nan"))
-    scratch = DecodeScratch.allocate([heads], shape, n, 8, 4)
+    scratch = DecodeScratch.allocate([heads], shape, n, 8, max(CONTEXTS))
     echoed_decode(
         output, query, key, value, query[:, : 2 * GROUP], torch.zeros(n, 2 * GROUP, device=device),
         heads, batch, scratch, shape, DECODE, rotation(), HEAD_DIM**-0.5,

@@ -5,13 +5,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from echokv_kernels.step_plan import StepPlan
+from echokv_kernels.step_plan import Shares, StepPlan
 from echokv_kernels.step_plan import plan_step as plan_reference
 
 GARBAGE = 1 << 29  # an address that no kernel survives
 POISON = 0x55
 SIZES = [(16, 16), (48, 80), (80, 48), (16, 48)]
-ITEMS = {"num_items": 7, "item_align": 16, "min_item_len": 32}
+SHARES = {"num_shares": 7, "align": 16, "min_len": 32, "rotation_block": 64}
 
 
 class Batch:
@@ -72,7 +72,7 @@ class Batch:
                 buffer.fill_(POISON)
         return plan
 
-    def expected(self, plan, num_items, item_align, min_item_len):
+    def expected(self, plan, shares):
         """The specification, request by request and page by page, into a poisoned plan."""
         retained_size, residual_size = self.sizes
         totals = []
@@ -97,16 +97,18 @@ class Batch:
             plan.lens[rows[0]] = 0 if decode and missing else seq_len
             plan.lens[rows[1]] = readable_len if decode or not missing else 0
             totals.append(seq_len if decode and missing else 0)
-        # Room for the last item of each request, unless most items would be last ones.
-        count = sum(total > 0 for total in totals)
-        whole = num_items - count if num_items >= 2 * count else num_items
-        item_len = max(min_item_len, -(-sum(totals) // whole))
-        item_len = -(-item_len // item_align) * item_align
-        plan.item_len[0] = item_len
-        ends = 0
+        end = lines = 0
         for request, total in enumerate(totals):
-            ends += -(-total // item_len)
-            plan.item_end[request] = ends
+            while total % shares.align:
+                total += 1
+            end += total
+            plan.token_end[request] = end
+            if shares.rotation_block != 1:
+                block = shares.rotation_block or 1 << 30
+                lines += -(-totals[request] // block)
+            plan.line_end[request] = lines
+        share_len = max(shares.min_len, -(-end // shares.num_shares))
+        plan.share_len[0] = -(-share_len // shares.align) * shares.align
 
 
 def assert_same_plans(plan, other):
@@ -116,16 +118,16 @@ def assert_same_plans(plan, other):
             assert torch.equal(one, two), f"{field.name}:\n{one}\n{two}"
 
 
-def check(batch, paired=True, **items):
+def check(batch, paired=True, **shares):
     """Reference, kernels and loop must leave the same bytes, poison included."""
     from echokv_kernels.gpu.step_plan import plan_step
 
-    items = ITEMS | items
+    shares = Shares(**SHARES | shares)
     plans = [batch.plan(paired) for _ in range(3)]
-    batch.expected(plans[0], **items)
-    plan_reference(plans[1], *batch.args(), **items)
+    batch.expected(plans[0], shares)
+    plan_reference(plans[1], *batch.args(), shares)
     assert_same_plans(plans[1], plans[0])
-    plan_step(plans[2], *batch.args(), **items)
+    plan_step(plans[2], *batch.args(), shares)
     assert_same_plans(plans[2], plans[0])
     return plans[2]
 
@@ -160,7 +162,8 @@ def test_random_batches(device, sizes, narrow_rounds):
         ]
         lost = (0.0, 0.02, 0.5, 1.0)[seed % 4]
         batch = Batch(query_lens, seq_lens, sizes, device, seed, lost, extra=seed % 3)
-        check(batch, bool(seed % 2), num_items=1 + 3 * seed)
+        rotation_block = (0, 1, 16, 48, 64, 256)[seed]
+        check(batch, bool(seed % 2), num_shares=1 + 3 * seed, rotation_block=rotation_block)
 
 
 def test_compaction_keeps_the_order_over_many_rounds(device, narrow_rounds):
@@ -204,34 +207,37 @@ def test_null_rows_of_a_warm_up_are_never_exact(device):
     assert not plan.exact[0, :5].any()
 
 
-def test_full_requests_make_no_items(device):
+def test_full_requests_have_no_part_in_shares(device):
     batch = Batch([1, 1, 9], [500, 80, 200], (16, 48), device, lost=0.0)
-    batch.lose(2, 0)  # a chunk's missing pages are rebuilt, not read in items
+    batch.lose(2, 0)  # a chunk's missing pages are rebuilt, not shared out
     plan = check(batch)
     assert plan.compressed[:3].tolist() == [0, 0, 1]
-    assert plan.item_end[:3].tolist() == [0, 0, 0] and plan.item_len.tolist() == [32]
+    assert plan.token_end[:3].tolist() == [0, 0, 0] and plan.share_len.tolist() == [32]
+    assert plan.line_end[:3].tolist() == [0, 0, 0]
 
 
-def test_items_cover_compressed_decodes(device):
+def test_shares_cover_compressed_decodes(device):
     batch = Batch([1, 3, 1, 1], [500, 64, 33, 257], (16, 16), device, lost=0.0)
     for request in (0, 1, 3):
         batch.lose(request, 0)
-    plan = check(batch, num_items=5, item_align=48, min_item_len=16)
-    # 757 tokens over 5 items, less one per compressed request, are 253, rounded up to 288.
-    assert plan.item_len.tolist() == [288] and plan.item_end[:4].tolist() == [2, 2, 2, 3]
-    plan = check(batch, num_items=1000, item_align=16, min_item_len=17)
-    assert plan.item_len.tolist() == [32] and plan.item_end[:4].tolist() == [16, 16, 16, 25]
+    plan = check(batch, num_shares=5, align=48, min_len=16)
+    # 528 + 288 tokens over 5 shares are 164, rounded up to 192.
+    assert plan.share_len.tolist() == [192]
+    assert plan.token_end[:4].tolist() == [528, 528, 528, 816]
+    assert plan.line_end[:4].tolist() == [8, 8, 8, 13]
+    plan = check(batch, num_shares=1000, align=16, min_len=17, rotation_block=0)
+    assert plan.share_len.tolist() == [32] and plan.line_end[:4].tolist() == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("length", [500, 511, 512, 513, 1024, 1030])
-def test_as_many_items_as_programs_at_most(device, length):
-    # Equal requests just longer than a multiple of the item would each add a tiny item.
-    batch = Batch([1] * 4, [length] * 4, (16, 16), device, lost=0.5)
+def test_shares_are_equal_whatever_the_lengths(device, length):
+    batch = Batch([1] * 4, [length, 16, 3 * length, 700], (16, 16), device, lost=0.5)
     for request in range(4):
         batch.lose(request, 0)
-    for num_items in (8, 16, 33):
-        plan = check(batch, num_items=num_items, item_align=16, min_item_len=16)
-        assert 4 <= int(plan.item_end[3]) <= num_items
+    for num_shares in (8, 16, 33):
+        plan = check(batch, num_shares=num_shares, align=16, min_len=16)
+        end, share_len = int(plan.token_end[3]), int(plan.share_len)
+        assert -(-end // share_len) <= num_shares and share_len < end / num_shares + 16
 
 
 def test_plans_of_unpadded_steps_fit_exactly(device):
@@ -241,9 +247,9 @@ def test_plans_of_unpadded_steps_fit_exactly(device):
     assert [plan.row_of(1, part) for part in (0, 1)] == [1, 3]
     from echokv_kernels.gpu.step_plan import plan_step
 
-    plan_step(plan, *batch.args(), **ITEMS)
+    plan_step(plan, *batch.args(), Shares(**SHARES))
     other = StepPlan.allocate(2, 96, 16, 48, False, device)
-    plan_reference(other, *batch.args(), **ITEMS)
+    plan_reference(other, *batch.args(), Shares(**SHARES))
     assert_same_plans(plan, other)
 
 
@@ -254,13 +260,15 @@ def test_bad_arguments_are_named(device):
     plan = batch.plan(spare=0)
     owner, retained, residual, starts, lens, n = batch.args()
 
-    def refuse(match, *args, **items):
+    def refuse(match, *args):
         for function in (plan_step, plan_reference):
             with pytest.raises(ValueError, match=match):
-                function(plan, *args, **ITEMS | items)
+                function(plan, *args, Shares(**SHARES))
 
     refuse("num_reqs is 3", owner, retained, residual, starts, lens, 3)
-    refuse("num_items, item_align", owner, retained, residual, starts, lens, n, num_items=0)
+    for name, value in (("num_shares", 0), ("align", 0), ("min_len", 0), ("rotation_block", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            Shares(**SHARES | {name: value})
     refuse("owner has dtype", owner.int(), retained, residual, starts, lens, n)
     refuse("retained_table has", owner, retained.long(), residual, starts, lens, n)
     refuse("residual_table has", owner, retained, residual[:1], starts, lens, n)
@@ -300,7 +308,7 @@ def test_captured_steps_follow_their_inputs(device, kit):
     def step():
         stamp_owners(owner, *slots, *sizes)
         store_pages(key, value, *caches, *slots, places)
-        plan_step(plans[0], owner, *tables, starts, lens, n, **ITEMS)
+        plan_step(plans[0], owner, *tables, starts, lens, n, Shares(**SHARES))
 
     step()
     torch.cuda.synchronize()
@@ -328,7 +336,7 @@ def test_captured_steps_follow_their_inputs(device, kit):
         graph.replay()
         stamp_reference(stamped, *slots, *sizes)
         assert torch.equal(owner, stamped)
-        plan_reference(plans[1], owner, *tables, starts, lens, n, **ITEMS)
+        plan_reference(plans[1], owner, *tables, starts, lens, n, Shares(**SHARES))
         assert_same_plans(*plans)
         for index, (copy, heads) in enumerate(zip(copies, ([1, 3], [0, 2]), strict=True)):
             heads = torch.tensor(heads, device=device)

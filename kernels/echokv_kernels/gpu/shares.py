@@ -1,0 +1,51 @@
+"""Where a share of the compressed decodes' tokens lies. Host side: `echokv_kernels.step_plan`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_request(
+    token_end_ptr,  # [n] int64
+    line_end_ptr,  # [n] int32
+    seq_lens_ptr,  # [n] int32
+    query_start_loc_ptr,  # [n + 1] int32
+    position,
+    num_requests,
+    NUM_REQUESTS: tl.constexpr,
+):
+    """The request at a position of the axis, and where it begins and ends there.
+
+    Then its first line, its tokens and its query token; all of them garbage behind the axis' end.
+    Everything is loaded for all requests at once: one wait for memory instead of two. NUM_REQUESTS
+    is a power of two, no less than the requests.
+    """
+    FAR: tl.constexpr = 9223372036854775807
+    index = tl.arange(0, NUM_REQUESTS)
+    known = index < num_requests
+    end = tl.load(token_end_ptr + index, mask=known, other=FAR)
+    line_end = tl.load(line_end_ptr + index, mask=known, other=0)
+    seq_len = tl.load(seq_lens_ptr + index, mask=known, other=0)
+    token = tl.load(query_start_loc_ptr + index, mask=known, other=0)
+    behind = end > position
+    request = tl.sum((~behind).to(tl.int32))
+    before = tl.max(tl.where(behind, 0, end))
+    first_line = tl.max(tl.where(behind, 0, line_end))
+    seq_len = tl.sum(tl.where(index == request, seq_len, 0))
+    token = tl.sum(tl.where(index == request, token, 0)).to(tl.int64)
+    return request, before, tl.min(tl.where(behind, end, FAR)), first_line, seq_len, token
+
+
+@triton.jit
+def item_range(token_end_ptr, share_len_ptr, request):
+    """First work item of a request and the one after its last; equal where there are none."""
+    end = tl.load(token_end_ptr + request)
+    begin = tl.load(token_end_ptr + request - 1, mask=request > 0, other=0)
+    share_len = tl.load(share_len_ptr)
+    first, last = request, request
+    if end > begin:  # divisions of 64 bits take long
+        first = (begin // share_len).to(tl.int32) + request
+        last = ((end - 1) // share_len).to(tl.int32) + request + 1
+    return first, last
