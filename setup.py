@@ -33,7 +33,11 @@ setup(
         "uvicorn",
         "pydantic",
     ],
-    extras_require={"datasets": ["datasets"]},
+    extras_require={
+        "datasets": ["datasets"],
+        # Needed by some measures of `echokv eval` only; each says so when it is missing.
+        "eval": ["datasets", "matplotlib", "rapidfuzz", "rouge"],
+    },
     entry_points={
         "vllm.general_plugins": ["echokv = echokv_vllm.plugin:register"],
         "vllm.stat_logger_plugins": ["echokv = echokv_vllm.stat_logger:EchoStatLogger"],

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "echokv.json"
 TENSOR_FILE = "echokv.safetensors"
 REPORT_FILE = "errors.md"
+CURVES_FILE = "curves.csv"
 
 _CONFIG_KEYS = (
     "format",
@@ -161,6 +162,7 @@ class EchoCheckpoint:
         folder: str | os.PathLike[str],
         overwrite: bool = False,
         report: str | None = None,
+        curves: str | None = None,
     ) -> Path:
         """Write the checkpoint so that `folder` is either complete or untouched.
 
@@ -168,6 +170,7 @@ class EchoCheckpoint:
             folder: Where to put it; must be absent or empty unless `overwrite` is set.
             overwrite: Replace a checkpoint that is already there.
             report: Text of an extra file `errors.md`.
+            curves: Text of an extra file `curves.csv`.
 
         Returns:
             The folder.
@@ -198,8 +201,9 @@ class EchoCheckpoint:
             "provenance": self.provenance,
         }
         files = {TENSOR_FILE: payload, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}
-        if report is not None:
-            files[REPORT_FILE] = report.encode()
+        for name, text in ((REPORT_FILE, report), (CURVES_FILE, curves)):
+            if text is not None:
+                files[name] = text.encode()
         _write_folder(target, files)
         return target
 
@@ -236,7 +240,7 @@ def check_destination(folder: str | os.PathLike[str], overwrite: bool = False) -
     if not target.is_dir():
         raise CheckpointError(f"{str(target)!r} is a file; name a folder for the checkpoint")
     present = {entry.name for entry in target.iterdir()}
-    foreign = sorted(present - {CONFIG_FILE, TENSOR_FILE, REPORT_FILE})
+    foreign = sorted(present - {CONFIG_FILE, TENSOR_FILE, REPORT_FILE, CURVES_FILE})
     if foreign:
         raise CheckpointError(
             f"folder {str(target)!r} holds other files ({', '.join(foreign[:5])}); name a new or "

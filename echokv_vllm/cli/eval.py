@@ -8,7 +8,13 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from echokv_vllm.eval.options import DTYPES, ENDPOINT_MODES, EvalOptions
+from echokv_vllm.eval.options import (
+    DTYPES,
+    ENDPOINT_MODES,
+    KV_CACHE_DTYPES,
+    RESIDUAL_BITS,
+    EvalOptions,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,12 +23,15 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="measure what a checkpoint costs in quality against the full cache",
         description="Compares a model with compressed context to the same model with the full "
-        "cache: next-token divergence on held-out text (--data), long-context tasks (--tasks), or "
-        "both. Prints one table with 95 %% intervals.",
+        "cache: next-token divergence on held-out text (--data), long-context tasks (--tasks), a "
+        "needle heat map (--heatmap), LongBench (--longbench). Prints one table with "
+        "95 %% intervals.",
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder or repo id")
     _add_subject(parser)
     _add_measures(parser)
+    _add_heatmap(parser)
+    _add_longbench(parser)
     _add_endpoint(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto = float32")
@@ -36,7 +45,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="EchoKV checkpoint folder or repo id; without it only the full cache is measured",
+        help="EchoKV checkpoint folder or repo id; without it the full cache is measured",
     )
     parser.add_argument(
         "--recent-tokens",
@@ -50,6 +59,20 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         default=4,
         metavar="TOKENS",
         help="first tokens that stay exact (default: 4; a server keeps its whole first page)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=KV_CACHE_DTYPES,
+        help="simulate a cache of this format under the checkpoint, or in full without one "
+        "(default: auto, not quantised)",
+    )
+    parser.add_argument(
+        "--residual-bits",
+        type=int,
+        default=0,
+        choices=RESIDUAL_BITS,
+        help="simulate a coded copy of what the reconstruction gets wrong (default: 0, none)",
     )
     parser.add_argument(
         "--offset-max",
@@ -78,7 +101,8 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         default=(),
         type=_words,
         metavar="NAME,NAME",
-        help="tasks to answer; ruler = the eleven synthetic tasks of RULER",
+        help="tasks to answer; ruler = RULER's eleven synthetic tasks, and its QA tasks where "
+        "their data is named",
     )
     parser.add_argument(
         "--task-lengths",
@@ -91,6 +115,14 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--essays",
         metavar="FILE",
         help="text for the essay haystacks (default: generated sentences)",
+    )
+    parser.add_argument(
+        "--squad", metavar="FILE_OR_DATASET", help="data of qa_1: dev-v2.0.json, rajpurkar/squad_v2"
+    )
+    parser.add_argument(
+        "--hotpotqa",
+        metavar="FILE_OR_DATASET",
+        help="data of qa_2: hotpot_dev_distractor_v1.json, hotpotqa/hotpot_qa:distractor",
     )
     parser.add_argument(
         "--samples",
@@ -108,6 +140,60 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         help="score predictions from this position on (default: 256 or half of the length)",
     )
     parser.add_argument("--batch-size", type=int, default=4, help="sequences at once (default: 4)")
+
+
+def _add_heatmap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--heatmap", action="store_true", help="score one needle over context lengths and depths"
+    )
+    parser.add_argument(
+        "--heatmap-lengths",
+        default=(),
+        type=_numbers,
+        metavar="TOKENS,TOKENS",
+        help="default: eight, evenly up to the model's context",
+    )
+    parser.add_argument(
+        "--heatmap-depths", type=int, default=11, metavar="N", help="places (default: 11)"
+    )
+    parser.add_argument(
+        "--heatmap-samples", type=int, default=5, metavar="N", help="prompts per cell (default: 5)"
+    )
+    parser.add_argument(
+        "--heatmap-png",
+        action="store_true",
+        help="also draw it, as heatmap.png in --out; needs matplotlib",
+    )
+
+
+def _add_longbench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--longbench",
+        metavar="SOURCE",
+        help="answer LongBench v1 from a folder, data.zip or a hub dataset (zai-org/LongBench)",
+    )
+    parser.add_argument(
+        "--longbench-tasks",
+        default=(),
+        type=_words,
+        metavar="NAME,NAME",
+        help="default: the sixteen English and code tasks",
+    )
+    parser.add_argument(
+        "--longbench-length",
+        type=int,
+        metavar="TOKENS",
+        help="prompt and answer; a longer prompt loses its middle (default: the model's context)",
+    )
+    parser.add_argument(
+        "--longbench-samples", type=int, metavar="N", help="first examples only (default: all)"
+    )
+    parser.add_argument(
+        "--no-chat-template",
+        dest="chat_template",
+        action="store_false",
+        help="never wrap a LongBench prompt in the tokenizer's chat template",
+    )
 
 
 def _add_endpoint(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +224,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate as asked, print the table and write the report."""
+    if arguments.heatmap_png and not arguments.out:
+        raise ValueError("--heatmap-png writes a file; name a folder for it (--out DIR)")
     options = EvalOptions(**{f.name: getattr(arguments, f.name) for f in fields(EvalOptions)})
     from echokv_vllm.eval import evaluate
 
@@ -146,5 +234,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     print(markdown(report), end="")
     if arguments.out:
-        json_file, markdown_file = write(report, arguments.out)
-        print(f"report written to {json_file} and {markdown_file}")
+        files = write(report, arguments.out)
+        print(f"report written to {', '.join(map(str, files))}")

@@ -5,13 +5,26 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from echokv_vllm.plan import PRESETS
-from echokv_vllm.train.options import DTYPES, TrainOptions
+from echokv_vllm.train.options import (
+    CACHE_DTYPES,
+    DTYPES,
+    RESIDUAL_BITS,
+    SEARCHED_PLAN,
+    STAGES_ONE,
+    STAGES_TWO,
+    TrainOptions,
+)
 
-_EPILOG = "plans:\n" + "\n".join(f"  {name:<10} {text}" for name, text in PRESETS.items())
+_PLANS = {
+    **PRESETS,
+    SEARCHED_PLAN: "search for --ratio: whichever heads matter least to the model's predictions",
+}
+_EPILOG = "plans:\n" + "\n".join(f"  {name:<10} {text}" for name, text in _PLANS.items())
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="fit the maps of an echo plan to a model and write a checkpoint",
-        description="Fit the maps of an echo plan to a model by least squares; write a checkpoint.",
+        description="Fit the maps of an echo plan to a model, by least squares and then on the "
+        "model's own output; write a checkpoint.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,22 +51,91 @@ def add_parser(subparsers: Any) -> None:
     def option(flag: str, text: str, **settings: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")]
         if isinstance(default, bool):
-            settings.setdefault("action", "store_true")
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            settings.setdefault("action", action)
+            settings.setdefault("default", default)
         else:
-            shown = "the model's context" if default is None else default
+            shown = settings.pop("absent", "none") if default is None else default
             text = f"{text} (default: {shown})"
             settings.setdefault("default", default)
-        parser.add_argument(flag, help=text, **settings)
+        also = settings.pop("also", None)
+        parser.add_argument(flag, *([also] if also else []), help=text, **settings)
 
-    option("--plan", "preset or JSON file", metavar="PRESET_OR_JSON_FILE")
+    _add_plan(option)
+    _add_stages(option)
+    _add_data(option)
+    _add_run(option)
+    parser.add_argument(
+        "--quiet", dest="progress", action="store_false", help="no progress bar, no table"
+    )
+    parser.set_defaults(run=run)
+
+
+_Option = Callable[..., None]
+
+
+def _add_plan(option: _Option) -> None:
+    option(
+        "--plan",
+        "preset, JSON file, or auto: search the heads that matter least",
+        metavar="PRESET_OR_JSON_FILE",
+    )
+    option("--ratio", "auto: share of the cache's bytes that stays, such as 0.5", type=float)
+    option("--uniform", "auto: every layer retains equally many heads")
+    option(
+        "--neighbours",
+        "auto: also look for source heads in so many earlier layers",
+        type=int,
+        metavar="N",
+    )
     option(
         "--rotation-block",
         "rebuild keys rotated by position mod this; 1 = un-rotated, 0 = absolute",
         type=int,
         metavar="TOKENS",
     )
-    option("--ridge", "ridge relative to the mean squared feature", type=float)
+    option(
+        "--shards",
+        "tensor-parallel ranks the plan must divide into",
+        also="--tp",
+        type=int,
+        metavar="N",
+    )
+    option("--recent-tokens", "recent tokens the server keeps exact", type=int, metavar="TOKENS")
+    option("--sink-tokens", "first tokens that stay exact in stage II", type=int, metavar="TOKENS")
+    option("--kv-cache-dtype", "cache format the maps are to work on", choices=CACHE_DTYPES)
+    option(
+        "--residual-bits",
+        "bits of the coded residual the maps are to work with",
+        type=int,
+        choices=RESIDUAL_BITS,
+    )
+
+
+def _add_stages(option: _Option) -> None:
+    option("--stage1", "how stage I fits rebuilt to true heads", choices=STAGES_ONE)
+    option("--stage1-steps", "steps of --stage1 sgd", type=int, metavar="STEPS")
+    option(
+        "--ridge",
+        "ridge relative to the mean squared feature",
+        type=float,
+        absent="chosen on held-out tokens",
+    )
     option("--bias", "fit a constant per rebuilt number as well")
+    option(
+        "--stage2",
+        "what stage II descends on; auto = kl on CUDA, none on a CPU, where it takes long",
+        choices=STAGES_TWO,
+    )
+    option("--stage2-steps", "steps of stage II", type=int, metavar="STEPS")
+    option("--learning-rate", "highest learning rate of both stages", type=float)
+    option("--step-size", "sequences per training step", type=int, metavar="SEQUENCES")
+    option("--whiten", "descend in coordinates in which the features are uncorrelated")
+    option("--num-queries", "queries per sequence for o-mse and qk-kl", type=int)
+    option("--checkpoint-activations", "kl: recompute model layers to save memory")
+
+
+def _add_data(option: _Option) -> None:
     option("--sequence-len", "length of a sequence", type=int, metavar="TOKENS")
     option("--batch-size", "sequences per forward pass", type=int, metavar="SEQUENCES")
     option("--num-tokens", "use at most so many tokens of the data", type=int, metavar="TOKENS")
@@ -60,19 +143,20 @@ def add_parser(subparsers: Any) -> None:
         "--max-position",
         "spread positions over [0, this)",
         type=int,
-        default=None,
+        absent="the model's context",
         metavar="TOKENS",
     )
-    option("--recent-tokens", "recent tokens the server keeps exact", type=int, metavar="TOKENS")
-    option("--shards", "tensor-parallel ranks the plan must divide into", type=int, metavar="N")
+
+
+def _add_run(option: _Option) -> None:
     option("--device", "auto, cpu, cuda or cuda:N")
     option("--dtype", "of the model; auto = float32 on the CPU", choices=DTYPES)
-    option("--seed", "seed of the position offsets", type=int)
+    option("--seed", "seed of everything random", type=int)
     option("--overwrite", "replace a checkpoint that is already in DIR")
-    parser.add_argument(
-        "--quiet", dest="progress", action="store_false", help="no progress bar, no table"
-    )
-    parser.set_defaults(run=run)
+    option("--resume", "continue an interrupted run with the same --out")
+    option("--save-every", "steps between two saves of the training state", type=int)
+    option("--curves", "write the losses there while the run goes on", metavar="CSV_FILE")
+    option("--tensorboard", "write TensorBoard event files there", metavar="DIR")
 
 
 def run(arguments: argparse.Namespace) -> None:

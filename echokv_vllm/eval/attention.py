@@ -1,25 +1,27 @@
 """Compressed attention inside a Hugging Face forward pass.
 
 An attention function of transformers' registry stands in for the model's own. Without an
-`EchoContext` it is plain SDPA; with one (passed to the forward pass as `echokv_context=`), the
-discarded heads of a compressed query attend to
+`AttentionContext` (passed to the forward pass as `echokv_context=`) it is plain SDPA. With an
+`EchoContext` the rebuilt heads of a compressed query at position q attend to
 
-    tokens 0 .. sink_tokens - 1               exact      (t: position of a token,
-    tokens sink_tokens .. q - recent_tokens   rebuilt     q: position of the query)
+    tokens 0 .. sink_tokens - 1               exact
+    tokens sink_tokens .. q - recent_tokens   rebuilt
     tokens up to q                            exact
 
-in one softmax. A query's own token is always exact.
+in one softmax. A query's own token is always exact. On a quantised cache, exact means as that cache
+returns it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from echokv_vllm.eval.rebuild import HeadRebuilder
+from echokv_vllm.eval.rebuild import KeyValue, Rebuilder
 
 NAME = "echokv_eval"
 CONTEXT = "echokv_context"
@@ -41,53 +43,24 @@ class Window:
     recent_tokens: int
 
 
-class EchoContext:
-    """Compressed state of one batch of sequences of equal length.
+PlainAttention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Causal attention of a layer's queries over keys and values [batch, num_kv_heads, context_len,
+head_dim]; gives [batch, num_queries, num_heads, head_dim]."""
 
-    Serves one forward pass over whole sequences, or a prefill and decode steps with one KV cache.
 
-    Args:
-        rebuilder: The maps.
-        window: Tokens that stay exact.
-        offsets: [batch] int64, see `HeadRebuilder.rebuild`.
-        first_query: Queries at earlier positions see the exact context.
-    """
+class AttentionContext(Protocol):
+    """What a forward pass may be given as `echokv_context=` to take over its attention."""
 
-    def __init__(
-        self, rebuilder: HeadRebuilder, window: Window, offsets: torch.Tensor, first_query: int = 0
-    ) -> None:
-        self._rebuilder = rebuilder
-        self._window = window
-        self._offsets = offsets
-        self._first_query = first_query
-        # layer -> keys and values of the running forward pass, [batch, num_kv_heads, len, head_dim]
-        self._heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rebuilt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sources = {
-            source.layer for layer in rebuilder.plan.layers for source in layer.sources
-        }
-
-    def see(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take note of a layer's cached heads, `[batch, num_kv_heads, len, head_dim]`."""
-        if layer in self._sources:
-            self._heads[layer] = (key, value)
-
-    def num_rebuilt(self, layer: int, context_len: int) -> int:
-        """Leading tokens among which the last query of `context_len` tokens sees rebuilt ones."""
-        if not self._rebuilder.plan.discarded(layer) or context_len <= self._first_query:
-            return 0
-        count = context_len - max(self._window.recent_tokens, 1)
-        return count if count > self._window.sink_tokens else 0
-
-    def attend(
+    def attention(
         self,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Attention of the discarded heads; call only where `num_rebuilt` is not 0.
+        plain: PlainAttention,
+    ) -> torch.Tensor:
+        """Output of one layer.
 
         Args:
             layer: Index of the layer.
@@ -95,13 +68,87 @@ class EchoContext:
             key: [batch, num_kv_heads, context_len, head_dim], after RoPE.
             value: Likewise.
             scaling: Factor of the scores.
+            plain: Causal attention of `query`, over `key` and `value` or what stands in for them.
+
+        Returns:
+            [batch, num_queries, num_heads, head_dim] of the dtype of `query`.
+        """
+
+
+class EchoContext:
+    """Compressed state of one batch of sequences of equal length.
+
+    Serves one forward pass over whole sequences, or a prefill and decode steps with one KV cache.
+
+    Args:
+        rebuilder: What the cache makes of the heads.
+        window: Tokens that are not rebuilt.
+        offsets: [batch] int64, see `Rebuilder.rebuild`.
+        first_query: Queries at earlier positions see the exact context.
+    """
+
+    def __init__(
+        self, rebuilder: Rebuilder, window: Window, offsets: torch.Tensor, first_query: int = 0
+    ) -> None:
+        self._rebuilder = rebuilder
+        self._window = window
+        self._offsets = offsets
+        self._first_query = first_query
+        # layer -> keys and values of the running forward pass, [batch, num_kv_heads, len, head_dim]
+        self._heads: dict[int, KeyValue] = {}
+        self._rebuilt: dict[int, KeyValue] = {}
+
+    def attention(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        plain: PlainAttention,
+    ) -> torch.Tensor:
+        """See `AttentionContext`."""
+        written = (key, value)
+        key, value = self._rebuilder.cached(key), self._rebuilder.cached(value)
+        out = plain(key, value)
+        if layer in self._rebuilder.source_layers:
+            self._heads[layer] = (key, value)
+        if self.num_rebuilt(layer, key.shape[2]):
+            echoed, rows = self._attend(layer, query, (key, value), written, scaling)
+            out[:, :, rows] = echoed
+        return out
+
+    def num_rebuilt(self, layer: int, context_len: int) -> int:
+        """Leading tokens among which the last query of `context_len` tokens sees rebuilt ones."""
+        if not self._rebuilder.rebuilt_heads(layer) or context_len <= self._first_query:
+            return 0
+        count = context_len - max(self._window.recent_tokens, 1)
+        return count if count > self._window.sink_tokens else 0
+
+    def _attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        cached: KeyValue,
+        written: KeyValue,
+        scaling: float,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Attention of the rebuilt heads; call only where `num_rebuilt` is not 0.
+
+        Args:
+            layer: Index of the layer.
+            query: [batch, num_heads, num_queries, head_dim]; the queries are the last tokens.
+            cached: [batch, num_kv_heads, context_len, head_dim], as the cache returns them.
+            written: The same as the model computed them.
+            scaling: Factor of the scores.
 
         Returns:
             [batch, num_queries, n, head_dim] of the dtype of `query`, and the n query heads.
         """
+        key, value = cached
         context_len, num_queries = key.shape[2], query.shape[2]
-        heads = list(self._rebuilder.plan.discarded(layer))
-        key_hat, value_hat = self._extend(layer, self.num_rebuilt(layer, context_len))
+        heads = list(self._rebuilder.rebuilt_heads(layer))
+        key_hat, value_hat = self._extend(layer, written, self.num_rebuilt(layer, context_len))
         group = query.shape[1] // key.shape[1]
         rows = [head * group + member for head in heads for member in range(group)]
         # [batch, num_discarded, group, num_queries, head_dim]
@@ -126,14 +173,19 @@ class EchoContext:
         whole = torch.cat(outputs, -2).flatten(1, 2).transpose(1, 2)
         return whole.to(query.dtype), rows
 
-    def _extend(self, layer: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _extend(self, layer: int, written: KeyValue, num_tokens: int) -> KeyValue:
         """Rebuilt heads of the first tokens; earlier results are kept between decode steps."""
         done = self._rebuilt.get(layer)
         start = 0 if done is None else done[0].shape[2]
         assert start <= num_tokens, f"context shrank from {start} to {num_tokens} tokens"
         if done is None or start < num_tokens:
+            positions = torch.arange(start, num_tokens, device=self._offsets.device)
             key, value = self._rebuilder.rebuild(
-                layer, self._heads.__getitem__, start, num_tokens, self._offsets
+                layer,
+                lambda source: _tokens(self._heads[source], start, num_tokens),
+                positions,
+                self._offsets,
+                _tokens(written, start, num_tokens),
             )
             if done is not None:
                 key, value = torch.cat((done[0], key), 2), torch.cat((done[1], value), 2)
@@ -153,6 +205,23 @@ class EchoContext:
         rebuilt = (token >= self._window.sink_tokens) & (query >= self._first_query)
         rebuilt = rebuilt & (token <= query - max(self._window.recent_tokens, 1))
         return torch.cat(((token > query) | rebuilt, ~rebuilt[:, :num_hat]), 1)
+
+
+def _tokens(heads: KeyValue, start: int, stop: int) -> KeyValue:
+    return heads[0][:, :, start:stop], heads[1][:, :, start:stop]
+
+
+ContextMaker = Callable[[Window, torch.Tensor, int], AttentionContext]
+"""Makes the context of one batch from the window, the offsets and the first query of interest."""
+
+
+def make_context(
+    cache: Rebuilder | ContextMaker, window: Window, offsets: torch.Tensor, first_query: int = 0
+) -> AttentionContext:
+    """Context of one batch; arguments as `EchoContext` takes them."""
+    if callable(cache):
+        return cache(window, offsets, first_query)
+    return EchoContext(cache, window, offsets, first_query)
 
 
 def install(model: Any) -> None:
@@ -179,14 +248,14 @@ def _attention(
     """Attention function of the registry; same arguments and result as transformers' SDPA."""
     from transformers import AttentionInterface
 
-    context: EchoContext | None = kwargs.pop(CONTEXT, None)
-    out, _ = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    context: AttentionContext | None = kwargs.pop(CONTEXT, None)
+
+    def plain(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out, _ = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return out
+
     if context is None:
-        return out, None
-    assert attention_mask is None, "padded or packed batches cannot be compressed"
+        return plain(key, value), None
+    assert attention_mask is None, "a context knows no masks"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    context.see(layer, key, value)
-    if context.num_rebuilt(layer, key.shape[2]):
-        echoed, rows = context.attend(layer, query, key, value, kwargs["scaling"])
-        out[:, :, rows] = echoed
-    return out, None
+    return context.attention(layer, query, key, value, kwargs["scaling"], plain), None

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 
-from echokv_vllm.eval.attention import CONTEXT, EchoContext, Window
+from echokv_vllm.eval.attention import (
+    CONTEXT,
+    AttentionContext,
+    ContextMaker,
+    Window,
+    make_context,
+)
 from echokv_vllm.eval.interval import Estimate, bootstrap
-from echokv_vllm.eval.rebuild import HeadRebuilder
+from echokv_vllm.eval.rebuild import Rebuilder
 from echokv_vllm.train.data import DataError, load_tokens
 
 # Logits of so many tokens of a batch are held at once; a vocabulary of 128,000 makes them large.
@@ -70,7 +76,7 @@ def draw_sequences(
 
 def measure_divergence(
     model: Any,
-    rebuilder: HeadRebuilder | None,
+    cache: Rebuilder | ContextMaker | None,
     sequences: torch.Tensor,
     offsets: torch.Tensor,
     window: Window,
@@ -85,7 +91,7 @@ def measure_divergence(
 
     Args:
         model: Causal LM in eval mode with `attention.install`ed attention.
-        rebuilder: The maps; None measures the full cache only.
+        cache: The compressed cache; None measures the full one only.
         sequences: [num_sequences, length] token ids on the CPU.
         offsets: [num_sequences] int64 position offsets.
         window: Tokens that stay exact.
@@ -104,9 +110,9 @@ def measure_divergence(
         for start in progress(range(0, len(sequences), batch_size)):
             ids = sequences[start : start + batch_size].to(model.device, torch.int64)
             context = None
-            if rebuilder is not None:
+            if cache is not None:
                 shift = offsets[start : start + batch_size].to(model.device)
-                context = EchoContext(rebuilder, window, shift, first_query)
+                context = make_context(cache, window, shift, first_query)
             sums.append(_batch_sums(model, ids, context, skip_tokens))
     num_scored = sequences.shape[1] - 1 - skip_tokens
     means = torch.cat(sums) / num_scored
@@ -115,11 +121,11 @@ def measure_divergence(
             "the model's logits hold NaN or infinite numbers; try dtype float32, and if that does "
             "not help, check the model's weights and the checkpoint"
         )
-    return _summary(means, num_scored * len(sequences), rebuilder is not None, seed)
+    return _summary(means, num_scored * len(sequences), cache is not None, seed)
 
 
 def _batch_sums(
-    model: Any, ids: torch.Tensor, context: EchoContext | None, skip_tokens: int
+    model: Any, ids: torch.Tensor, context: AttentionContext | None, skip_tokens: int
 ) -> torch.Tensor:
     """[batch, 4] float64 sums over the scored positions: NLL full, NLL echo, agreement, KL."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()

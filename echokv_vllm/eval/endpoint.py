@@ -61,17 +61,20 @@ class EndpointBackend:
         """What to compare, the full cache first."""
         return (AS_IS,) if self._mode == AS_IS else ("full", self._mode)
 
-    def complete(self, prompts: Sequence[TaskPrompt], mode: str) -> list[str]:
-        """Completions of the prompts, in order.
+    def complete(self, prompts: Sequence[TaskPrompt]) -> dict[str, list[str]]:
+        """Completions of the prompts, in order, by mode.
 
         Raises:
             EndpointError: If a request fails, or the server knows no EchoKV modes.
         """
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            pending = [pool.submit(self._answer, prompt, mode) for prompt in prompts]
-            answers = [pending[index].result() for index in self._progress(range(len(pending)))]
-        if not self._checked:
-            self._check_echo()
+        answers = {}
+        for mode in self.modes:
+            with ThreadPoolExecutor(self._concurrency) as pool:
+                pending = [pool.submit(self._answer, prompt, mode) for prompt in prompts]
+                done = [pending[index].result() for index in self._progress(range(len(pending)))]
+            answers[mode] = done
+            if not self._checked:
+                self._check_echo()
         return answers
 
     def _answer(self, prompt: TaskPrompt, mode: str) -> str:
@@ -81,6 +84,8 @@ class EndpointBackend:
             "max_tokens": prompt.max_new_tokens,
             "temperature": 0,
         }
+        if not prompt.special_tokens:
+            body["add_special_tokens"] = False  # vLLM's; the chat template has them
         if mode != AS_IS:
             # A salt of its own: one mode must not read what the other left in the prefix cache.
             body.update(vllm_xargs={"echokv": mode}, cache_salt=mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,32 @@ def bootstrap(
     values = statistic(samples[chosen].mean(1))
     low, high = values.quantile(torch.tensor([_TAIL, 1 - _TAIL], dtype=values.dtype)).tolist()
     return Estimate(statistic(samples.mean(0)[None]).item(), low, high)
+
+
+def grouped_bootstrap(
+    groups: Sequence[torch.Tensor],
+    statistic: Callable[[torch.Tensor], torch.Tensor],
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap of a function of the means of group means.
+
+    Every group (a task, say) is resampled by itself and weighs alike, however many samples it has.
+
+    Args:
+        groups: Each [num_samples, num_columns] float64.
+        statistic: As for `bootstrap`.
+        seed: Seed of the resampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    resampled = torch.zeros(NUM_RESAMPLES, groups[0].shape[1], dtype=torch.float64)
+    means = torch.zeros(groups[0].shape[1], dtype=torch.float64)
+    for samples in groups:
+        chosen = torch.randint(len(samples), (NUM_RESAMPLES, len(samples)), generator=generator)
+        resampled += samples[chosen].mean(1) / len(groups)
+        means += samples.mean(0) / len(groups)
+    values = statistic(resampled)
+    low, high = values.quantile(torch.tensor([_TAIL, 1 - _TAIL], dtype=values.dtype)).tolist()
+    return Estimate(statistic(means[None]).item(), low, high)
 
 
 def mean_estimate(samples: torch.Tensor, seed: int = 0) -> Estimate:

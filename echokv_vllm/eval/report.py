@@ -12,7 +12,8 @@ import torch
 
 from echokv_vllm.eval.divergence import Divergence
 from echokv_vllm.eval.footprint import Footprint
-from echokv_vllm.eval.interval import mean_estimate, score_estimate
+from echokv_vllm.eval.heatmap import PICTURE_FILE, draw, heatmap_markdown
+from echokv_vllm.eval.interval import grouped_bootstrap, mean_estimate, score_estimate
 
 JSON_FILE = "eval.json"
 MARKDOWN_FILE = "eval.md"
@@ -85,19 +86,58 @@ def task_row(
     return row
 
 
+def mean_row(
+    head: dict[str, Any],
+    measure: str,
+    groups: Sequence[Sequence[float]],
+    full_groups: Sequence[Sequence[float]] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Row of the mean over groups of scores (tasks, or cells of a heat map) of equal weight.
+
+    Args:
+        head: See `row_head`.
+        measure: Name of the mean.
+        groups: Scores of each group, 0 to 1.
+        full_groups: The same prompts with the full cache.
+        seed: Seed of the intervals.
+    """
+    pairs = zip(groups, full_groups if full_groups is not None else groups, strict=True)
+    columns = [torch.tensor(pair, dtype=torch.float64).T for pair in pairs]
+    row = {
+        **head,
+        "measure": measure,
+        "samples": sum(map(len, groups)),
+        "score": asdict(grouped_bootstrap(columns, lambda means: means[:, 0], seed)),
+        "full": None,
+    }
+    if full_groups is not None:
+        row["full"] = asdict(grouped_bootstrap(columns, lambda means: means[:, 1], seed))
+        row["difference"] = asdict(
+            grouped_bootstrap(columns, lambda means: means[:, 0] - means[:, 1], seed)
+        )
+        if row["full"]["low"] > 0:
+            row["share_of_full"] = asdict(
+                grouped_bootstrap(columns, lambda means: means[:, 0] / means[:, 1], seed)
+            )
+    return row
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Table of a report, with a line on how it was made."""
     lines = [
         "# EchoKV evaluation",
         "",
-        "Brackets hold 95 % intervals. Task scores are in per cent of reference strings found. "
-        "KL is in nats.",
+        "Brackets hold 95 % intervals. Task scores are in per cent (RULER: of reference strings "
+        "found; LongBench: of its metrics). KL is in nats.",
         "",
         "| model | plan | key space | ratio | bytes/token (full) | length | measure | samples "
         "| score | full cache, same run |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_table_row(row) for row in report["rows"]),
+        *(heatmap_markdown(report["heatmap"]) if report.get("heatmap") else ()),
         "",
+        *(f"- skipped {task}: {reason}" for task, reason in report.get("skipped", {}).items()),
         *(f"- {name}: {value}" for name, value in report["settings"].items()),
         *(f"- {name}: {value}" for name, value in report["versions"].items()),
         f"- commit: {report['git_commit']}",
@@ -115,9 +155,18 @@ def _table_row(row: dict[str, Any]) -> str:
     columns = (
         Path(row["model"]).name, row["plan"], row["key_space"], ratio, size, row["length"],
         row["measure"], row["samples"], _shown(row["measure"], row["score"]),
-        _shown(row["measure"], row["full"]) if row["full"] else "–",
+        _full_shown(row),
     )  # fmt: skip
     return "| " + " | ".join(str(column) for column in columns) + " |"
+
+
+def _full_shown(row: dict[str, Any]) -> str:
+    if row["full"] is None:
+        return "–"
+    shown = _shown(row["measure"], row["full"])
+    if "share_of_full" in row:
+        shown += f"; score is {_shown('share', row['share_of_full'])} of it"
+    return shown
 
 
 def _shown(measure: str, estimate: dict[str, float]) -> str:
@@ -132,15 +181,18 @@ def _shown(measure: str, estimate: dict[str, float]) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def write(report: dict[str, Any], folder: str) -> tuple[Path, Path]:
-    """Write both files into `folder`, which is made if need be.
+def write(report: dict[str, Any], folder: str) -> tuple[Path, ...]:
+    """Write the files into `folder`, which is made if need be.
 
     Returns:
-        The JSON and the Markdown file.
+        The JSON and the Markdown file, and the picture of the heat map if it was asked for.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     json_file, markdown_file = target / JSON_FILE, target / MARKDOWN_FILE
     json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     markdown_file.write_text(markdown(report), encoding="utf-8")
-    return json_file, markdown_file
+    if not report.get("options", {}).get("heatmap_png"):
+        return json_file, markdown_file
+    draw(report["heatmap"], target / PICTURE_FILE)
+    return json_file, markdown_file, target / PICTURE_FILE

@@ -16,12 +16,18 @@ from echokv_vllm.eval import report as reports
 from echokv_vllm.eval.attention import Window, install
 from echokv_vllm.eval.divergence import draw_sequences, measure_divergence
 from echokv_vllm.eval.endpoint import EndpointBackend
-from echokv_vllm.eval.footprint import footprint
+from echokv_vllm.eval.footprint import footprint, full_footprint
+from echokv_vllm.eval.heatmap import check_matplotlib
 from echokv_vllm.eval.offline import OfflineBackend
 from echokv_vllm.eval.options import EvalOptions
-from echokv_vllm.eval.rebuild import HeadRebuilder
-from echokv_vllm.eval.tasks import Material, make_prompts, resolve_tasks
-from echokv_vllm.eval.tasks.haystack import load_essays
+from echokv_vllm.eval.questions import (
+    Answered,
+    available_qa,
+    make_questions,
+    skipped_tasks,
+)
+from echokv_vllm.eval.rebuild import HeadRebuilder, QuantizedCache, Rebuilder
+from echokv_vllm.eval.tasks import Material, resolve_tasks
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.capture import check_rotary, check_supported
@@ -52,40 +58,59 @@ class _Subject:
         model, checkpoint = self.options.model, self.checkpoint
         if mode == "full":
             return reports.row_head(model, "full cache", "–", 1.0, None, length)
-        if checkpoint is None:  # an endpoint whose checkpoint was not named
+        cache_format = self.options.kv_cache_dtype
+        if checkpoint is None and cache_format == "auto":
+            # an endpoint whose checkpoint was not named
             return reports.row_head(model, f"endpoint, {mode}", "–", None, None, length)
         stored = getattr(self.config, "dtype", None)
         itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
-        # In mode auto a request's bytes depend on the memory pressure of the moment.
-        size = None
-        if mode == "compressed":
-            size = footprint(checkpoint, length, self.window.recent_tokens, itemsize)
+        if checkpoint is None:
+            shape = ModelFingerprint.from_config(self.config)
+            size = full_footprint(shape, length, itemsize, cache_format)
+            name = f"full cache, {cache_format}"
+            return reports.row_head(model, name, "–", size.ratio, size, length)
         space = reports.key_space(checkpoint.rotation_block)
         plan = checkpoint.plan
-        name = plan.name if mode == "compressed" else f"{plan.name}, {mode}"
-        return reports.row_head(model, name, space, plan.ratio, size, length)
+        if mode != "compressed":
+            # In mode auto a request's bytes depend on the memory pressure of the moment.
+            return reports.row_head(model, f"{plan.name}, {mode}", space, plan.ratio, None, length)
+        bits = self.options.residual_bits
+        size = footprint(
+            checkpoint, length, self.window.recent_tokens, itemsize, cache_format, bits
+        )
+        name = plan.name + (f" + {bits}-bit residual" if bits else "")
+        name += "" if cache_format == "auto" else f", {cache_format}"
+        return reports.row_head(model, name, space, size.ratio, size, length)
 
 
 def run_evaluation(options: EvalOptions, command: str | None = None) -> dict[str, Any]:
     """See `echokv_vllm.eval.evaluate`."""
+    if options.heatmap_png:
+        check_matplotlib()
     subject = _subject(options)
-    material = _material(subject) if subject.tasks else None
+    questions, material = make_questions(
+        options, subject.tasks, subject.tokenizer, subject.config.max_position_embeddings
+    )
     sequences = None
     if options.data is not None:
         sequences = draw_sequences(
             options.data, subject.tokenizer, options.samples, options.length, options.seed
         )
     rows: list[dict[str, Any]] = []
+    answered = Answered()
     offline = sequences is not None or options.endpoint is None
     model, rebuilder = _model_and_rebuilder(subject) if offline else (None, None)
     if sequences is not None:
         rows += _divergence_rows(subject, model, rebuilder, sequences)
-    if material is not None:
-        rows += _task_rows(subject, _backend(subject, model, rebuilder), material)
+    if questions:
+        backend = _backend(subject, model, rebuilder)
+        answered = questions.answer(backend, subject.row_head, options.seed)
     return {
         "format": "echokv-eval",
         "format_version": 1,
-        "rows": rows,
+        "rows": rows + answered.rows,
+        "heatmap": answered.heatmap,
+        "skipped": skipped_tasks(options),
         "settings": _settings(subject, material),
         "options": asdict(options),
         "versions": _versions(),
@@ -96,7 +121,7 @@ def run_evaluation(options: EvalOptions, command: str | None = None) -> dict[str
 
 
 def _subject(options: EvalOptions) -> _Subject:
-    tasks = resolve_tasks(options.tasks)
+    tasks = resolve_tasks(options.tasks, available_qa(options))
     config = load_config(options.model)
     checkpoint = None
     if options.checkpoint is not None:
@@ -104,7 +129,9 @@ def _subject(options: EvalOptions) -> _Subject:
         checkpoint.check_model(ModelFingerprint.from_config(config, options.model))
     context_len = config.max_position_embeddings
     lengths = [options.length] if options.data is not None else []
-    for length in (*lengths, *(options.task_lengths if tasks else ())):
+    lengths += options.task_lengths if tasks else ()
+    lengths += options.heatmap_lengths if options.heatmap else ()
+    for length in (*lengths, options.longbench_length or 0):
         if length > context_len:
             raise ValueError(
                 f"length {length} is longer than the model's context of {context_len} tokens; "
@@ -119,16 +146,7 @@ def _subject(options: EvalOptions) -> _Subject:
     )  # fmt: skip
 
 
-def _material(subject: _Subject) -> Material:
-    tokenizer, essays = subject.tokenizer, subject.options.essays
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, verbose=False)["input_ids"])
-
-    return Material(count_tokens, None if essays is None else load_essays(essays))
-
-
-def _model_and_rebuilder(subject: _Subject) -> tuple[Any, HeadRebuilder | None]:
+def _model_and_rebuilder(subject: _Subject) -> tuple[Any, Rebuilder | None]:
     options, config, checkpoint = subject.options, subject.config, subject.checkpoint
     check_supported(config)
     rotary = rotary_from_config(config)
@@ -137,13 +155,19 @@ def _model_and_rebuilder(subject: _Subject) -> tuple[Any, HeadRebuilder | None]:
     name = "float32" if options.dtype == "auto" else options.dtype
     model = load_model(options.model, device, resolve_dtype(name, device, config))
     check_rotary(model, rotary)
-    rebuilder = None if checkpoint is None else HeadRebuilder(checkpoint, rotary, device)
+    rebuilder: Rebuilder | None = None
+    if checkpoint is not None:
+        rebuilder = HeadRebuilder(
+            checkpoint, rotary, device, options.kv_cache_dtype, options.residual_bits
+        )
+    elif options.kv_cache_dtype != "auto":
+        rebuilder = QuantizedCache(options.kv_cache_dtype)
     install(model)
     return model, rebuilder
 
 
 def _divergence_rows(
-    subject: _Subject, model: Any, rebuilder: HeadRebuilder | None, sequences: torch.Tensor
+    subject: _Subject, model: Any, rebuilder: Rebuilder | None, sequences: torch.Tensor
 ) -> list[dict[str, Any]]:
     options = subject.options
     generator = torch.Generator().manual_seed(options.seed)
@@ -158,7 +182,7 @@ def _divergence_rows(
 
 
 def _backend(
-    subject: _Subject, model: Any, rebuilder: HeadRebuilder | None
+    subject: _Subject, model: Any, rebuilder: Rebuilder | None
 ) -> OfflineBackend | EndpointBackend:
     options = subject.options
     progress = _bar("answers", options)
@@ -168,52 +192,35 @@ def _backend(
             concurrency=options.concurrency, progress=progress,
         )  # fmt: skip
     return OfflineBackend(
-        model, subject.tokenizer, rebuilder, subject.window,
+        model, subject.tokenizer, {} if rebuilder is None else {"compressed": rebuilder},
+        subject.window,
         every_query=bool(options.every_query), offset_max=options.offset_max, seed=options.seed,
         progress=progress,
     )  # fmt: skip
 
 
-def _task_rows(
-    subject: _Subject, backend: OfflineBackend | EndpointBackend, material: Material
-) -> list[dict[str, Any]]:
-    options = subject.options
-    # All prompts first: a length that is too short must show before hours of answers.
-    asked = {
-        (task, length): make_prompts(task, options.samples, length, material, options.seed)
-        for length in options.task_lengths
-        for task in subject.tasks
-    }
-    rows = []
-    for (task, length), prompts in asked.items():
-        scores = {}
-        for mode in backend.modes:
-            answers = backend.complete(prompts, mode)
-            scores[mode] = [
-                prompt.score(answer) for prompt, answer in zip(prompts, answers, strict=True)
-            ]
-        measured = backend.modes[-1]
-        full = scores["full"] if len(scores) > 1 else None
-        head = subject.row_head(length, measured)
-        rows.append(reports.task_row(head, task, scores[measured], full, options.seed))
-    return rows
-
-
-def _settings(subject: _Subject, material: Material | None) -> dict[str, Any]:
+def _settings(subject: _Subject, material: Material) -> dict[str, Any]:
     options = subject.options
     settings: dict[str, Any] = {
         "exact tokens": f"{subject.window.sink_tokens} sink, {subject.window.recent_tokens} recent",
         "position offsets up to": options.offset_max,
         "seed": options.seed,
     }
+    if options.kv_cache_dtype != "auto":
+        settings["cache format, simulated"] = options.kv_cache_dtype
+    if options.residual_bits:
+        settings["coded residual, simulated"] = f"{options.residual_bits} bits per number"
     if options.data is not None:
         settings["held-out text"] = options.data
         settings["divergence"] = (
             f"scored from token {options.skip} on, compressed "
             f"{f'from token {options.skip}' if options.every_query is False else 'for every query'}"
         )
-    if material is not None:
+    if options.tasks or options.heatmap:
         settings["essay haystack"] = material.haystack_name
+    if options.longbench is not None:
+        settings["LongBench"] = options.longbench
+    if options.asks:
         settings["answers"] = options.endpoint or (
             "Hugging Face forward, every query compressed" if options.every_query
             else "Hugging Face forward, exact prefill, compressed decode"

@@ -83,12 +83,15 @@ def check_rotary(model: Any, rotary: Rotary) -> None:
 
 
 @contextmanager
-def captured_attention(model: Any, callback: AttentionCallback) -> Iterator[None]:
+def captured_attention(
+    model: Any, callback: AttentionCallback, check: bool = True
+) -> Iterator[None]:
     """Show the Q, K and V of every attention layer to `callback` while the context is open.
 
     Args:
         model: One of `SUPPORTED_ARCHITECTURES`, not captured already.
         callback: See `AttentionCallback`; called once per layer and forward pass, in layer order.
+        check: Make sure that keys and values are finite.
 
     Raises:
         ActivationError: From the forward pass, if a layer's keys or values are not finite.
@@ -108,7 +111,7 @@ def captured_attention(model: Any, callback: AttentionCallback) -> Iterator[None
     previous = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     for module in modules:
-        _callbacks[module] = callback
+        _callbacks[module] = _checked(callback) if check else callback
     try:
         yield
     finally:
@@ -129,11 +132,19 @@ def _attend(
     from transformers import AttentionInterface
 
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    for name, tensor in (("keys", key), ("values", value)):
-        if not torch.isfinite(tensor).all():
-            raise ActivationError(
-                f"layer {layer}: the model's {name} hold NaN or infinite numbers in {tensor.dtype}"
-                "; try dtype float32, and if that does not help, check the model's weights"
-            )
     _callbacks[module](layer, query, key, value)
     return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def _checked(callback: AttentionCallback) -> AttentionCallback:
+    def call(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        for name, tensor in (("keys", key), ("values", value)):
+            if not torch.isfinite(tensor).all():
+                raise ActivationError(
+                    f"layer {layer}: the model's {name} hold NaN or infinite numbers in "
+                    f"{tensor.dtype}; try dtype float32, and if that does not help, check the "
+                    "model's weights"
+                )
+        callback(layer, query, key, value)
+
+    return call

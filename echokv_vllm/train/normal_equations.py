@@ -67,16 +67,22 @@ class NormalEquations:
             )
         return torch.cholesky_solve(self.xy, factor)
 
-    def relative_error(self, weights: torch.Tensor) -> float:
-        """`|Y - X W|^2 / |Y|^2` over the rows seen, for weights as returned by `solve`.
+    def squared_error(self, weights: torch.Tensor) -> float:
+        """`|Y - X W|^2` over the rows seen, for weights as returned by `solve`.
 
-        Rounding limits it to about 1e-15; a negative remainder is reported as 0. Outputs that are
-        all zero count as rebuilt exactly when the prediction is zero too.
+        Rounding limits it to about 1e-15 of `|Y|^2`; a negative remainder is reported as 0.
         """
         residual = (
             self.yy - 2 * (weights * self.xy).sum(0) + (weights * (self.xx @ weights)).sum(0)
         ).sum()
-        return relative(max(residual.item(), 0.0), self.yy.sum().item())
+        return max(residual.item(), 0.0)
+
+    def relative_error(self, weights: torch.Tensor) -> float:
+        """`|Y - X W|^2 / |Y|^2` over the rows seen, for weights as returned by `solve`.
+
+        Outputs that are all zero count as rebuilt exactly when the prediction is zero too.
+        """
+        return relative(self.squared_error(weights), self.yy.sum().item())
 
 
 def relative(residual: float, total: float) -> float:

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from echokv_vllm.train.search.options import check_ratio
+
 if TYPE_CHECKING:
     from echokv_vllm.checkpoint import EchoCheckpoint
 
 DTYPES = ("auto", "float32", "bfloat16")
+STAGES_ONE = ("closed-form", "sgd")
+STAGES_TWO = ("auto", "none", "o-mse", "qk-kl", "kl")
+CACHE_DTYPES = ("auto", "fp8", "int4")
+RESIDUAL_BITS = (0, 2)
+SEARCHED_PLAN = "auto"
+"""Value of the option `plan` that asks for a search."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +30,52 @@ class TrainOptions:
         data: Local `.txt`, `.txt.xz` or `.jsonl` file, or a Hugging Face dataset as
             `NAME[:CONFIG[:SPLIT]]`.
         out: Folder for the checkpoint.
-        plan: Preset name (see `echokv_vllm.plan.PRESETS`) or a JSON plan file.
-        rotation_block: Tokens per rotation block; 1 = un-rotated keys, 0 = absolute rotation.
-        ridge: Ridge of the least squares, relative to the mean squared feature.
+        plan: Preset name (see `echokv_vllm.plan.PRESETS`), a JSON plan file, or `auto`: search one
+            for `ratio`.
+        ratio: With plan `auto`: bytes of the retained heads over bytes of all heads, rounded to
+            whole heads by at most 0.01.
+        uniform: With plan `auto`: every layer retains equally many heads.
+        neighbours: With plan `auto`: also look for source heads in so many earlier layers; they
+            cost no bytes but slow decode down.
+        rotation_block: Tokens per rotation block; 1 = un-rotated keys, 0 = absolute rotation. The
+            default costs 7 % more KL than 64 (benchmarks/results/2026-11-22-quality) and a decode
+            step 15 % less time (benchmarks/results/2026-11-22-h200).
+        stage1: How stage I fits rebuilt to true heads: `closed-form` (least squares) or `sgd` (the
+            paper's KV-MSE by AdamW).
+        stage1_steps: Steps of `sgd`.
+        ridge: Ridge of the least squares, relative to the mean squared feature; None = chosen for
+            every layer, for K and V apart, on held-out tokens.
         bias: Fit a constant per discarded number as well.
+        stage2: What stage II descends on after that: `o-mse` (error of the attention output, layer
+            by layer), `qk-kl` (KL of the attention weights, keys only), `kl` (KL of the next-token
+            distribution, all layers compressed), `none`, or `auto`: `kl` on CUDA, `none` on a CPU,
+            where it would take long.
+        stage2_steps: Steps of stage II.
+        learning_rate: Highest learning rate of AdamW in both stages; falls to 0 as a cosine.
+        step_size: Sequences per training step of both stages.
+        whiten: Descend in coordinates in which the features of stage II are uncorrelated and of
+            unit size; not with `stage1="sgd"`.
+        num_queries: Queries per sequence, drawn at random, on which `o-mse` and `qk-kl` are
+            measured.
+        checkpoint_activations: Let `kl` recompute every model layer in the backward pass: less
+            memory for long sequences, more time.
+        resume: Continue an interrupted run with the same `out`.
+        save_every: Steps between two saves of the training state.
+        curves: CSV file that the losses are written to while the run goes on; the checkpoint gets
+            a copy in any case.
+        tensorboard: Folder for TensorBoard's event files.
+        kv_cache_dtype: Format of the cache the maps are to work on: `auto`, `fp8` or `int4`.
+        residual_bits: Bits of the coded residual the maps are to work with: 0 (none) or 2.
         sequence_len: Tokens per sequence.
-        batch_size: Sequences per forward pass.
+        batch_size: Sequences per forward pass of the closed form.
         num_tokens: At most so many tokens are used, held-out ones included.
         max_position: Positions are spread over [0, max_position); None = the model's context.
-        recent_tokens: Recent tokens to keep exact, recorded for the server.
+        recent_tokens: Recent tokens to keep exact; used by stage II and recorded for the server.
+        sink_tokens: First tokens of a sequence that stage II keeps exact.
         shards: Head shards of a preset plan (tensor-parallel ranks).
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, the model's own on CUDA), `float32` or `bfloat16`.
-        seed: Seed of the position offsets.
+        seed: Seed of everything random.
         overwrite: Replace a checkpoint that is already at `out`.
         progress: Show a progress bar on stderr.
 
@@ -46,14 +87,33 @@ class TrainOptions:
     data: str
     out: str
     plan: str = "local-0.5"
-    rotation_block: int = 64
-    ridge: float = 1e-4
+    ratio: float | None = None
+    uniform: bool = False
+    neighbours: int = 0
+    rotation_block: int = 256
+    stage1: str = "closed-form"
+    stage1_steps: int = 600
+    ridge: float | None = None
     bias: bool = False
+    stage2: str = "auto"
+    stage2_steps: int = 1000
+    learning_rate: float = 5e-4
+    step_size: int = 1
+    whiten: bool = True
+    num_queries: int = 256
+    checkpoint_activations: bool = False
+    resume: bool = False
+    save_every: int = 100
+    curves: str | None = None
+    tensorboard: str | None = None
+    kv_cache_dtype: str = "auto"
+    residual_bits: int = 0
     sequence_len: int = 1024
     batch_size: int = 4
     num_tokens: int = 1_000_000
     max_position: int | None = None
     recent_tokens: int = 128
+    sink_tokens: int = 4
     shards: int = 1
     device: str = "auto"
     dtype: str = "auto"
@@ -68,22 +128,62 @@ class TrainOptions:
             "batch_size": 1,
             "num_tokens": 1,
             "recent_tokens": 0,
+            "sink_tokens": 0,
+            "stage1_steps": 1,
+            "stage2_steps": 1,
+            "step_size": 1,
+            "num_queries": 1,
+            "save_every": 1,
             "shards": 1,
+            "neighbours": 0,
             "seed": 0,
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
             if value < minimum:
                 raise ValueError(f"{name}={value} is too small; it must be at least {minimum}")
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
+        self._check_search()
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"ridge={self.ridge} must be a number, at least 0, such as 1e-4")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must be a positive number, such as 5e-4"
+            )
+        words = {
+            "dtype": DTYPES,
+            "stage1": STAGES_ONE,
+            "stage2": STAGES_TWO,
+            "kv_cache_dtype": CACHE_DTYPES,
+            "residual_bits": RESIDUAL_BITS,
+        }
+        for name, allowed in words.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                listed = ", ".join(str(word) for word in allowed)
+                raise ValueError(f"{name}={value!r} is not one of {listed}")
         if self.max_position is not None and self.max_position < self.sequence_len:
             raise ValueError(
                 f"max_position={self.max_position} is smaller than "
                 f"sequence_len={self.sequence_len}; raise the one or lower the other"
             )
+
+    def _check_search(self) -> None:
+        """What belongs to plan `auto` and only to it."""
+        if self.plan == SEARCHED_PLAN:
+            if self.ratio is None:
+                raise ValueError(
+                    "plan='auto' needs a ratio: the share of the cache's bytes that stays, such as "
+                    "0.5 (--ratio 0.5)"
+                )
+            check_ratio(self.ratio)
+            return
+        for name in ("ratio", "uniform", "neighbours"):
+            value = getattr(self, name)
+            if value not in (None, False, 0):
+                raise ValueError(
+                    f"{name}={value} is for plan='auto' only, but the plan is {self.plan!r}; use "
+                    f"plan=auto, or leave out {name}"
+                )
 
 
 @dataclass(frozen=True)
@@ -104,13 +204,44 @@ class LayerErrors:
 
 
 @dataclass(frozen=True)
+class Descent:
+    """What steps of gradient descent did, by held-out loss.
+
+    Attributes:
+        loss: `kv-mse`, `o-mse`, `qk-kl` or `kl`.
+        steps: Steps taken.
+        initial: Held-out loss of every group of maps before the first step; a group is a layer
+            (`layer 3`), or `model` where all layers share one loss.
+        final: Held-out loss of the maps that were kept, the best ones seen.
+        best_step: Number of steps after which each group was best.
+    """
+
+    loss: str
+    steps: int
+    initial: dict[str, float]
+    final: dict[str, float]
+    best_step: dict[str, int]
+
+    @property
+    def mean_initial(self) -> float:
+        """Mean of `initial` over the groups."""
+        return sum(self.initial.values()) / len(self.initial)
+
+    @property
+    def mean_final(self) -> float:
+        """Mean of `final` over the groups."""
+        return sum(self.final.values()) / len(self.final)
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """A finished run.
 
     Attributes:
         checkpoint: What was written.
         folder: Where it was written.
-        errors: Errors of every layer that discards heads.
+        errors: Errors of every layer that discards heads, after the last stage.
+        descents: Runs of gradient descent, in order: stage I if it was one, stage II if any.
         num_fit_tokens: Tokens the maps were fitted on.
         num_heldout_tokens: Tokens the errors were measured on.
         report: The text of `errors.md`.
@@ -122,6 +253,7 @@ class TrainResult:
     num_fit_tokens: int
     num_heldout_tokens: int
     report: str
+    descents: tuple[Descent, ...] = ()
 
     @property
     def mean_key_error(self) -> float:

@@ -6,12 +6,15 @@ import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echokv_vllm import __version__
 from echokv_vllm.plan import EchoPlan
 from echokv_vllm.train.data import TokenData
-from echokv_vllm.train.options import LayerErrors, TrainOptions
+from echokv_vllm.train.options import Descent, LayerErrors, TrainOptions
+
+if TYPE_CHECKING:
+    from echokv_vllm.train.stages import Trained
 
 
 def git_commit() -> str | None:
@@ -35,21 +38,32 @@ def git_commit() -> str | None:
         return None
 
 
+def stage_name(options: TrainOptions, descents: tuple[Descent, ...]) -> str:
+    """What was done, as a checkpoint records it."""
+    names = ["I, closed form"] if options.stage1 == "closed-form" else []
+    stages = ("II",) if names else ("I", "II")
+    names += [
+        f"{stage}, {descent.loss}, {descent.steps} steps"
+        for stage, descent in zip(stages, descents, strict=False)
+    ]
+    return "; ".join(names)
+
+
 def provenance(
     options: TrainOptions,
     command: str | None,
     data: TokenData,
     max_position: int,
-    errors: dict[int, LayerErrors],
+    trained: Trained,
 ) -> dict[str, Any]:
-    """JSON-able record of a run: request, versions, data and errors."""
+    """JSON-able record of a run: request, versions, data, losses and errors."""
     import torch
     import transformers
 
     return {
         "command": command,
         "options": asdict(options),
-        "stage": "I, closed form",
+        "stage": stage_name(options, trained.descents),
         "max_position": max_position,
         "versions": {
             "echokv_vllm": __version__,
@@ -64,19 +78,22 @@ def provenance(
             "tokens_sha256": data.tokens_sha256,
             "num_tokens": data.sequences.numel(),
         },
-        "errors": {str(layer): asdict(layer_errors) for layer, layer_errors in errors.items()},
+        "ridges": {str(layer): list(pair) for layer, pair in trained.ridges.items()},
+        "descents": [asdict(descent) for descent in trained.descents],
+        "errors": {str(layer): asdict(found) for layer, found in trained.errors.items()},
     }
 
 
-def error_table(
+def report_text(
     plan: EchoPlan,
     options: TrainOptions,
     max_position: int,
-    errors: dict[int, LayerErrors],
+    trained: Trained,
     num_fit_tokens: int,
     num_heldout_tokens: int,
 ) -> str:
-    """Markdown table of every layer's errors, with their means."""
+    """The Markdown report of a run: errors of every layer, then what gradient descent did."""
+    errors = trained.errors
     block = {0: "absolute", 1: "un-rotated keys"}.get(
         options.rotation_block, f"blocks of {options.rotation_block} tokens"
     )
@@ -85,8 +102,10 @@ def error_table(
         "",
         f"Plan {plan.name} ({plan.ratio:.3f} of the bytes); key space: {block}; "
         f"positions in [0, {max_position}).",
+        f"Stages: {stage_name(options, trained.descents)}.",
         f"Fitted on {num_fit_tokens} tokens, measured on {num_heldout_tokens} held-out tokens.",
-        "Relative squared error: sum of squared differences over sum of squares.",
+        "Relative squared error: sum of squared differences over sum of squares; `fit` is that of "
+        "stage I.",
         "",
         "| layer | retained | sources | K held out | V held out | K fit | V fit |",
         "|---|---|---|---|---|---|---|",
@@ -104,7 +123,25 @@ def error_table(
         value_fit=sum(e.value_fit for e in errors.values()) / count,
     )
     rows.append(f"| mean | | | {_columns(mean)} |")
+    for descent in trained.descents:
+        rows += ["", *_descent_rows(descent)]
     return "\n".join(rows) + "\n"
+
+
+def _descent_rows(descent: Descent) -> list[str]:
+    """Held-out loss of every group before and after, with the step whose maps were kept."""
+    rows = [
+        f"# Held-out loss: {descent.loss}, {descent.steps} steps",
+        "",
+        "| maps | before | after | kept from step |",
+        "|---|---|---|---|",
+    ]
+    for group, before in descent.initial.items():
+        after, step = descent.final[group], descent.best_step[group]
+        rows.append(f"| {group} | {before:.5f} | {after:.5f} | {step} |")
+    if len(descent.initial) > 1:
+        rows.append(f"| mean | {descent.mean_initial:.5f} | {descent.mean_final:.5f} | |")
+    return rows
 
 
 def _columns(errors: LayerErrors) -> str:

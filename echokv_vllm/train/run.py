@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from echokv_vllm.checkpoint import EchoCheckpoint, LayerMaps, check_destination
+from echokv_vllm.checkpoint import EchoCheckpoint, check_destination
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan, load_plan
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.capture import check_rotary, check_supported
-from echokv_vllm.train.data import load_tokens
+from echokv_vllm.train.curves import Curves, to_csv
+from echokv_vllm.train.data import TokenData, load_tokens
+from echokv_vllm.train.descent import DivergenceError
 from echokv_vllm.train.model import (
     load_config,
     load_model,
@@ -21,118 +25,211 @@ from echokv_vllm.train.model import (
     resolve_device,
     resolve_dtype,
 )
-from echokv_vllm.train.options import LayerErrors, TrainOptions, TrainResult
-from echokv_vllm.train.report import error_table, provenance
-from echokv_vllm.train.stage1 import Fit, HeldOutErrors, LayerStream, stream
+from echokv_vllm.train.options import SEARCHED_PLAN, TrainOptions, TrainResult
+from echokv_vllm.train.report import provenance, report_text
+from echokv_vllm.train.search.options import SearchOptions, head_budget
+from echokv_vllm.train.stages import Material, Stages
+from echokv_vllm.train.state import SavedState, StateFile
+
+# Options that may change between a run and its continuation.
+_FREE_OPTIONS = (
+    "curves",
+    "device",
+    "out",
+    "overwrite",
+    "progress",
+    "resume",
+    "save_every",
+    "tensorboard",
+)
 
 
 def run_training(options: TrainOptions, command: str | None = None) -> TrainResult:
     """See `echokv_vllm.train.train`."""
     check_destination(options.out, options.overwrite)
+    state_file = StateFile(options.out)
+    if not (options.resume or options.overwrite):
+        state_file.check_absent()
     device = resolve_device(options.device)
     config = load_config(options.model)
     check_supported(config)
     fingerprint = ModelFingerprint.from_config(config, options.model)
-    plan = load_plan(options.plan, fingerprint.num_layers, fingerprint.num_kv_heads, options.shards)
-    max_position = _check_lengths(options, config.max_position_embeddings)
+    given_plan = _given_plan(options, fingerprint)
+    stage2 = _resolve_stage2(options, device)
+    max_position = _check_lengths(options, stage2, config.max_position_embeddings)
     data = load_tokens(
         options.data, load_tokenizer(options.model), options.sequence_len, options.num_tokens
     )
     fit_sequences, heldout_sequences = data.split()
-    _check_enough_tokens(plan, fingerprint.head_dim, fit_sequences.numel())
+    _check_enough_tokens(given_plan, fingerprint, options.shards, fit_sequences.numel())
+    identity = _identity(options, stage2, fingerprint, data)
+    saved = _saved_state(options, state_file, identity)
+    curves = Curves(options.curves, options.tensorboard)
 
-    model = load_model(options.model, device, resolve_dtype(options.dtype, device, config))
-    check_rotary(model, rotary_from_config(config))
+    def save(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        state_file.save(identity, tensors, {**record, "plan": plan.to_dict()})
+
     try:
-        maps, errors = fit_and_measure(
-            model, plan, fit_sequences, heldout_sequences, options, max_position
-        )
+        model = load_model(options.model, device, resolve_dtype(options.dtype, device, config))
+        check_rotary(model, rotary_from_config(config))
+        plan = given_plan or _searched_plan(model, fit_sequences, options, max_position, saved)
+        material = Material(model, plan, fit_sequences, heldout_sequences, options, max_position)
+        stages = Stages(material, curves, save, _progress(options), saved)
+        trained = stages.train(stage2)
     except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{device} ran out of memory with batch_size={options.batch_size} and "
-            f"sequence_len={options.sequence_len}; lower them or use device=cpu"
-        ) from error
+        raise ValueError(_out_of_memory(options, stage2, device)) from error
+    except DivergenceError:
+        # Continuing would only diverge again.
+        state_file.delete()
+        raise
+    finally:
+        curves.close()
 
     checkpoint = EchoCheckpoint(
         plan=plan,
         rotation_block=options.rotation_block,
-        maps=maps,
+        maps=trained.maps,
         fingerprint=fingerprint,
         recent_tokens=options.recent_tokens,
-        provenance=provenance(options, command, data, max_position, errors),
+        provenance=provenance(options, command, data, max_position, trained),
     )
     num_fit, num_heldout = fit_sequences.numel(), heldout_sequences.numel()
-    report = error_table(plan, options, max_position, errors, num_fit, num_heldout)
-    folder = checkpoint.save(options.out, options.overwrite, report)
-    return TrainResult(checkpoint, folder, errors, num_fit, num_heldout, report)
+    report = report_text(plan, options, max_position, trained, num_fit, num_heldout)
+    points = to_csv(curves.points) if curves.points else None
+    folder = checkpoint.save(options.out, options.overwrite, report, points)
+    state_file.delete()
+    return TrainResult(
+        checkpoint, folder, trained.errors, num_fit, num_heldout, report, trained.descents
+    )
 
 
-def fit_and_measure(
-    model: Any,
-    plan: EchoPlan,
-    fit_sequences: torch.Tensor,
-    heldout_sequences: torch.Tensor,
-    options: TrainOptions,
-    max_position: int,
-) -> tuple[dict[int, LayerMaps], dict[int, LayerErrors]]:
-    """Fit maps on some sequences and measure them on others.
+def _resolve_stage2(options: TrainOptions, device: torch.device) -> str:
+    if options.stage2 == "auto":
+        return "kl" if device.type == "cuda" else "none"
+    return options.stage2
 
-    Every sequence gets one random position offset, so that positions cover [0, max_position); exact
-    attention does not depend on it, but block-rotated keys do.
 
-    Args:
-        model: Supported Hugging Face causal LM in eval mode.
-        plan: Echo plan for that model.
-        fit_sequences: [num_sequences, sequence_len] token ids on the CPU.
-        heldout_sequences: Likewise, used for the errors only.
-        options: Key space, ridge, batch size and seed are taken from here.
-        max_position: At least the sequence length.
-    """
-    rotary = rotary_from_config(model.config).to(model.device)
-    generator = torch.Generator().manual_seed(options.seed)
-
-    def run(name: str, sequences: torch.Tensor, visitor: Fit | HeldOutErrors) -> None:
-        highest = max_position - sequences.shape[1]
-        offsets = torch.randint(0, highest + 1, (len(sequences),), generator=generator)
-        layers = LayerStream(plan, rotary, options.rotation_block, visitor)
-        stream(model, sequences, offsets, options.batch_size, layers, _bar(name, options))
-
-    fit = Fit(plan, rotary.head_dim, model.device, options.bias)
-    run("fit", fit_sequences, fit)
-    maps, fit_errors = fit.solve(options.ridge)
-    heldout = HeldOutErrors(plan, maps, model.device)
-    run("held-out errors", heldout_sequences, heldout)
-    errors = {
-        layer: LayerErrors(key, value, *fit_errors[layer])
-        for layer, (key, value) in heldout.errors().items()
+def _identity(
+    options: TrainOptions, stage2: str, fingerprint: ModelFingerprint, data: TokenData
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued; JSON-able."""
+    asked = {name: value for name, value in asdict(options).items() if name not in _FREE_OPTIONS}
+    return {
+        **asked,
+        "stage2": stage2,
+        "model fingerprint": fingerprint.to_dict(),
+        "data tokens": data.tokens_sha256,
     }
-    return maps, errors
 
 
-def _bar(name: str, options: TrainOptions) -> Callable[[Iterable[int]], Iterable[int]]:
-    def wrap(batches: Iterable[int]) -> Iterable[int]:
-        return tqdm(batches, desc=name, unit="batch", disable=not options.progress)
+def _saved_state(
+    options: TrainOptions, state_file: StateFile, identity: dict[str, Any]
+) -> SavedState | None:
+    if not options.resume:
+        state_file.delete()
+        return None
+    saved = state_file.load(identity)
+    if saved is None:
+        note = f"no unfinished run in {state_file.path}; starting anew"
+    else:
+        note = f"continuing after {saved.record['step']} steps of stage {saved.record['stage']}"
+    if options.progress:
+        print(note, file=sys.stderr)
+    return saved
+
+
+def _progress(options: TrainOptions) -> Any:
+    def wrap(steps: range, title: str, unit: str) -> Iterable[int]:
+        settings: dict[str, Any] = {}
+        if unit == "step":  # a continued run starts in the middle
+            settings = dict(initial=steps.start, total=steps.stop)
+        return tqdm(steps, desc=title, unit=unit, disable=not options.progress, **settings)
 
     return wrap
 
 
-def _check_lengths(options: TrainOptions, context_len: int) -> int:
+def _check_lengths(options: TrainOptions, stage2: str, context_len: int) -> int:
     """The range of positions to spread over."""
     if options.sequence_len > context_len:
         raise ValueError(
             f"sequence_len={options.sequence_len} is longer than the model's context of "
             f"{context_len} tokens; lower sequence_len"
         )
+    exact = options.sink_tokens + max(options.recent_tokens, 1)
+    if stage2 != "none" and options.sequence_len <= exact:
+        raise ValueError(
+            f"sequence_len={options.sequence_len} leaves stage II nothing to learn: the first "
+            f"sink_tokens={options.sink_tokens} and the last recent_tokens="
+            f"{options.recent_tokens} tokens are exact; raise sequence_len, or use stage2=none"
+        )
     return context_len if options.max_position is None else options.max_position
 
 
-def _check_enough_tokens(plan: EchoPlan, head_dim: int, num_fit_tokens: int) -> None:
-    feature_size = head_dim * max(
-        len(plan.source_heads(layer, shard=0)) for layer in range(plan.num_layers)
+def _given_plan(options: TrainOptions, fingerprint: ModelFingerprint) -> EchoPlan | None:
+    """The plan the options name; None if it must be searched, for a ratio that can be reached."""
+    shape = fingerprint.num_layers, fingerprint.num_kv_heads
+    if options.plan != SEARCHED_PLAN:
+        return load_plan(options.plan, *shape, options.shards)
+    assert options.ratio is not None, "TrainOptions checks this"
+    head_budget(options.ratio, *shape, options.shards, options.uniform)
+    return None
+
+
+def _searched_plan(
+    model: Any,
+    sequences: torch.Tensor,
+    options: TrainOptions,
+    max_position: int,
+    saved: SavedState | None,
+) -> EchoPlan:
+    """The plan found before the interruption, if there was one, or by a search now."""
+    if saved is not None:
+        return EchoPlan.from_dict(saved.record["plan"])
+    from echokv_vllm.train.search.search import search_plan
+
+    assert options.ratio is not None, "TrainOptions checks this"
+    wanted = SearchOptions(
+        ratio=options.ratio,
+        uniform=options.uniform,
+        shards=options.shards,
+        neighbours=options.neighbours,
+        rotation_block=options.rotation_block,
+        ridge=1e-4 if options.ridge is None else options.ridge,
+        max_position=max_position,
+        recent_tokens=options.recent_tokens,
+        sink_tokens=options.sink_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
     )
+    rotary = rotary_from_config(model.config).to(model.device)
+    return search_plan(model, sequences, wanted, rotary, _progress(options))
+
+
+def _check_enough_tokens(
+    plan: EchoPlan | None, fingerprint: ModelFingerprint, shards: int, num_fit_tokens: int
+) -> None:
+    """`plan` None stands for one that will be searched."""
+    if plan is None:
+        name, num_sources = SEARCHED_PLAN, fingerprint.num_kv_heads // shards
+    else:
+        name = plan.name
+        num_sources = max(
+            len(plan.source_heads(layer, shard=0)) for layer in range(plan.num_layers)
+        )
+    feature_size = fingerprint.head_dim * num_sources
     if num_fit_tokens < feature_size:
         raise ValueError(
             f"{num_fit_tokens} tokens are left for the fit, fewer than the {feature_size} features "
-            f"a head of plan {plan.name!r} is rebuilt from; give more text or raise num_tokens "
+            f"a head of plan {name!r} is rebuilt from; give more text or raise num_tokens "
             "(several hundred tokens per feature is a good start)"
         )
+
+
+def _out_of_memory(options: TrainOptions, stage2: str, device: torch.device) -> str:
+    remedies = [f"batch_size={options.batch_size}", f"sequence_len={options.sequence_len}"]
+    if stage2 != "none":
+        remedies.append(f"step_size={options.step_size}")
+    advice = f"{device} ran out of memory; lower {', '.join(remedies)}"
+    if stage2 == "kl" and not options.checkpoint_activations:
+        advice += ", set checkpoint_activations"
+    return f"{advice}, or use device=cpu"

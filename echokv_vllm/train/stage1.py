@@ -15,8 +15,12 @@ import torch
 
 from echokv_vllm.checkpoint import LayerMaps
 from echokv_vllm.plan import EchoPlan
+from echokv_vllm.quantization import as_cached
 from echokv_vllm.train.capture import captured_attention
 from echokv_vllm.train.normal_equations import NormalEquations, relative
+
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""What `choose_ridges` chooses from."""
 
 if TYPE_CHECKING:
     from echokv_kernels.rotary import Rotary
@@ -52,7 +56,7 @@ def block_shift(
     would leave it rotated by that modulo `rotation_block`.
 
     Args:
-        positions: [len] int64, where the keys were cached.
+        positions: [len] or [batch, len] int64, where the keys were cached.
         offsets: [batch] int64.
         rotation_block: B; 0 means absolute rotation.
 
@@ -102,18 +106,27 @@ class LayerStream:
         rotary: Rotary embedding of the model, on the model's device.
         rotation_block: B of the key space.
         visitor: Gets the samples; must not keep them.
+        cache_format: Inputs are as a cache of this format returns them; targets are exact.
     """
 
     def __init__(
-        self, plan: EchoPlan, rotary: Rotary, rotation_block: int, visitor: Visitor
+        self,
+        plan: EchoPlan,
+        rotary: Rotary,
+        rotation_block: int,
+        visitor: Visitor,
+        cache_format: str = "auto",
     ) -> None:
         self._plan = plan
         self._rotary = rotary
         self._rotation_block = rotation_block
         self._visitor = visitor
+        self._cache_format = cache_format
         self._schedule = LayerSchedule(plan)
-        # layer -> keys and values, each [num_tokens, num_kv_heads, head_dim] float32
+        # layer -> keys and values, each [num_tokens, num_kv_heads, head_dim] float32: as the model
+        # computed them, and as the cache returns them
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -133,26 +146,33 @@ class LayerStream:
     ) -> None:
         assert self._rotation is not None, "start_batch was not called"
         if layer in self._schedule.needed:
-            turned = self._rotary.turn(key.float(), *self._rotation)
-            self._held[layer] = (_per_token(turned), _per_token(value.float()))
+            self._held[layer] = self._cached[layer] = self._in_map_space(key, value)
+            if self._cache_format != "auto":
+                self._cached[layer] = self._in_map_space(
+                    as_cached(key, self._cache_format), as_cached(value, self._cache_format)
+                )
         for ready in self._schedule.visit_after[layer]:
             for shard in range(self._plan.shards):
                 self._visitor(ready, shard, self._samples(ready, shard))
         for done in self._schedule.drop_after[layer]:
-            del self._held[done]
+            del self._held[done], self._cached[done]
+
+    def _in_map_space(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._rotation is not None
+        turned = self._rotary.turn(key.float(), *self._rotation)
+        return _per_token(turned), _per_token(value.float())
 
     def _samples(self, layer: int, shard: int) -> Samples:
         sources = self._plan.source_heads(layer, shard)
         targets = [(layer, head) for head in shard_discarded(self._plan, layer, shard)]
         return Samples(
-            key_inputs=self._gather(sources, 0),
-            key_targets=self._gather(targets, 0),
-            value_inputs=self._gather(sources, 1),
-            value_targets=self._gather(targets, 1),
+            key_inputs=_gather(self._cached, sources, 0),
+            key_targets=_gather(self._held, targets, 0),
+            value_inputs=_gather(self._cached, sources, 1),
+            value_targets=_gather(self._held, targets, 1),
         )
-
-    def _gather(self, heads: list[tuple[int, int]], key_or_value: int) -> torch.Tensor:
-        return torch.cat([self._held[layer][key_or_value][:, head] for layer, head in heads], dim=1)
 
 
 def shard_discarded(plan: EchoPlan, layer: int, shard: int) -> list[int]:
@@ -178,7 +198,7 @@ def stream(
         layers: Receives the attention tensors.
         progress: Wraps the iteration over batch starts.
     """
-    with torch.inference_mode(), captured_attention(model, layers):
+    with torch.no_grad(), captured_attention(model, layers):
         for start in progress(range(0, len(sequences), batch_size)):
             ids = sequences[start : start + batch_size].to(model.device, torch.int64)
             layers.start_batch(
@@ -211,90 +231,111 @@ class Fit:
         keys.add(samples.key_inputs, samples.key_targets)
         values.add(samples.value_inputs, samples.value_targets)
 
-    def solve(self, ridge: float) -> tuple[dict[int, LayerMaps], dict[int, tuple[float, float]]]:
+    @property
+    def layers(self) -> list[int]:
+        """Layers that discard heads."""
+        return sorted({layer for layer, _ in self._systems})
+
+    def systems(self, layer: int, key_or_value: int) -> list[NormalEquations]:
+        """Systems of the layer's shards, for K (0) or V (1)."""
+        return [self._systems[layer, shard][key_or_value] for shard in range(self._plan.shards)]
+
+    def solve(
+        self, ridge: float | dict[int, tuple[float, float]]
+    ) -> tuple[dict[int, LayerMaps], dict[int, tuple[float, float]]]:
         """Maps (float32, on the CPU) and the fit's own K and V errors of every discarding layer.
+
+        Args:
+            ridge: One for all, or for K and V of every layer.
 
         Raises:
             ValueError: If a system is singular; the message names the layer.
         """
         maps: dict[int, LayerMaps] = {}
-        errors: dict[int, tuple[float, float]] = {}
-        for layer in sorted({layer for layer, _ in self._systems}):
-            systems = [self._systems[layer, shard] for shard in range(self._plan.shards)]
+        for layer in self.layers:
+            ridges = ridge[layer] if isinstance(ridge, dict) else (ridge, ridge)
             try:
-                keys = _solve_shards([key for key, _ in systems], ridge, self._head_dim)
-                values = _solve_shards([value for _, value in systems], ridge, self._head_dim)
+                key, key_bias = _solve_shards(self.systems(layer, 0), ridges[0], self._head_dim)
+                value, value_bias = _solve_shards(self.systems(layer, 1), ridges[1], self._head_dim)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from error
-            maps[layer] = LayerMaps(keys.maps, values.maps, keys.bias, values.bias)
-            errors[layer] = (keys.error, values.error)
-        return maps, errors
+            maps[layer] = LayerMaps(key, value, key_bias, value_bias)
+        return maps, self.errors(maps)
 
-
-class HeldOutErrors:
-    """Visitor that applies finished maps to samples and sums up what they get wrong."""
-
-    def __init__(self, plan: EchoPlan, maps: dict[int, LayerMaps], device: torch.device) -> None:
-        self._plan = plan
-        self._maps = {
-            layer: LayerMaps(**{name: part.to(device) for name, part in layer_maps.named().items()})
-            for layer, layer_maps in maps.items()
-        }
-        # layer -> squared residual and squared target, for K then V
-        self._sums = {
-            layer: torch.zeros(2, 2, dtype=torch.float64, device=device) for layer in maps
+    def errors(self, maps: dict[int, LayerMaps]) -> dict[int, tuple[float, float]]:
+        """Relative K and V error of any maps on the tokens seen."""
+        return {
+            layer: (
+                _shards_error(self.systems(layer, 0), maps[layer].key, maps[layer].key_bias),
+                _shards_error(self.systems(layer, 1), maps[layer].value, maps[layer].value_bias),
+            )
+            for layer in self.layers
         }
 
-    def __call__(self, layer: int, shard: int, samples: Samples) -> None:
-        maps = self._maps[layer]
-        before = sum(len(shard_discarded(self._plan, layer, s)) for s in range(shard))
-        rows = slice(before, before + len(shard_discarded(self._plan, layer, shard)))
-        parts = (
-            (samples.key_inputs, samples.key_targets, maps.key, maps.key_bias),
-            (samples.value_inputs, samples.value_targets, maps.value, maps.value_bias),
-        )
-        for index, (inputs, targets, weights, bias) in enumerate(parts):
-            rebuilt = torch.einsum("nf,jfd->njd", inputs, weights[rows])
-            if bias is not None:
-                rebuilt = rebuilt + bias[rows]
-            residual = targets - rebuilt.flatten(1)
-            self._sums[layer][index, 0] += residual.double().square().sum()
-            self._sums[layer][index, 1] += targets.double().square().sum()
 
-    def errors(self) -> dict[int, tuple[float, float]]:
-        """Relative K and V error of every layer."""
-        result = {}
-        for layer, sums in self._sums.items():
-            (key, key_total), (value, value_total) = sums.tolist()
-            result[layer] = (relative(key, key_total), relative(value, value_total))
-        return result
+def choose_ridges(fit: Fit, heldout: Fit) -> dict[int, tuple[float, float]]:
+    """The ridges of `RIDGES` with the least held-out error, for K and V of every layer.
 
-
-@dataclass(frozen=True)
-class _Solution:
-    maps: torch.Tensor
-    bias: torch.Tensor | None
-    error: float
+    Raises:
+        ValueError: If a system is singular whatever the ridge; the message names the layer.
+    """
+    chosen = {}
+    for layer in fit.layers:
+        best = []
+        for part in (0, 1):
+            systems, judges = fit.systems(layer, part), heldout.systems(layer, part)
+            found: list[tuple[float, float]] = []
+            for ridge in RIDGES:
+                try:
+                    weights = [system.solve(ridge) for system in systems]
+                except ValueError as error:
+                    if ridge == RIDGES[-1] and not found:
+                        raise ValueError(f"layer {layer}: {error}") from error
+                    continue
+                pairs = zip(judges, weights, strict=True)
+                found.append((sum(judge.squared_error(w) for judge, w in pairs), ridge))
+            best.append(min(found)[1])
+        chosen[layer] = (best[0], best[1])
+    return chosen
 
 
-def _solve_shards(systems: list[NormalEquations], ridge: float, head_dim: int) -> _Solution:
-    """Solve all shards of a layer; discarded heads of all shards in ascending order."""
+def _solve_shards(
+    systems: list[NormalEquations], ridge: float, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Maps and bias of all shards of a layer; discarded heads of all shards in ascending order."""
     maps, biases = [], []
-    residual = total = 0.0
     for system in systems:
         weights = system.solve(ridge)
-        scale = system.yy.sum().item()
-        residual += system.relative_error(weights) * scale
-        total += scale
         if system.bias:
             biases.append(weights[-1].view(-1, head_dim))
             weights = weights[:-1]
         maps.append(weights.view(len(weights), -1, head_dim).transpose(0, 1))
-    return _Solution(
-        maps=torch.cat(maps).float().cpu().contiguous(),
-        bias=torch.cat(biases).float().cpu().contiguous() if biases else None,
-        error=relative(residual, total),
-    )
+    bias = torch.cat(biases).float().cpu().contiguous() if biases else None
+    return torch.cat(maps).float().cpu().contiguous(), bias
+
+
+def _shards_error(
+    systems: list[NormalEquations], maps: torch.Tensor, bias: torch.Tensor | None
+) -> float:
+    residual = total = 0.0
+    first = 0
+    for system in systems:
+        rows = slice(first, first + len(system.yy) // maps.shape[2])
+        first = rows.stop
+        weights = maps[rows].to(system.xx).transpose(0, 1).flatten(1)
+        if bias is not None:
+            weights = torch.cat((weights, bias[rows].to(weights).flatten()[None]))
+        residual += system.squared_error(weights)
+        total += system.yy.sum().item()
+    return relative(residual, total)
+
+
+def _gather(
+    held: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    heads: list[tuple[int, int]],
+    key_or_value: int,
+) -> torch.Tensor:
+    return torch.cat([held[layer][key_or_value][:, head] for layer, head in heads], dim=1)
 
 
 def _per_token(heads: torch.Tensor) -> torch.Tensor:

@@ -31,11 +31,12 @@ def test_divergence_and_tasks_in_one_report(subject, corpus, tmp_path, capsys):
     measures = [(row["measure"], row["length"]) for row in report["rows"]]
     assert measures == [
         ("perplexity", 64), ("perplexity increase", 64), ("top-1 agreement", 64),
-        ("KL(full, echo)", 64), ("vt", 700), ("vt", 800),
+        ("KL(full, echo)", 64), ("vt", 700), ("vt", 800), ("mean of 2 tasks and lengths", 800),
     ]  # fmt: skip
     for row in report["rows"]:
         assert (row["plan"], row["key_space"], row["ratio"]) == ("local-0.5", "B = 8", 0.5)
-        assert row["samples"] == 3 and row["bytes_per_token"] > row["retained_bytes_per_token"]
+        assert row["samples"] == (6 if "mean" in row["measure"] else 3)
+        assert row["bytes_per_token"] > row["retained_bytes_per_token"]
     assert report["rows"][3]["score"]["value"] > 0.01
     assert report["rows"][4]["full"] is not None
     assert report["options"]["offset_max"] == 1000
@@ -76,7 +77,8 @@ def test_the_tiny_model_answers_with_either_cache(tmp_path):
     ("more", "words"),
     [
         ([], ["nothing to measure", "--data"]),
-        (["--tasks", "qa_1"], ["unknown task 'qa_1'", "niah_single_1"]),
+        (["--tasks", "qa_3"], ["unknown task 'qa_3'", "niah_single_1"]),
+        (["--tasks", "qa_1"], ["task 'qa_1' needs data", "--squad"]),
         (["--tasks", "vt", "--task-lengths", "100"], ["task 'vt' needs", "raise the task length"]),
         (["--tasks", "vt", "--task-lengths", "4096"], ["4096", "context of 2048"]),
         (["--tasks", "vt", "--endpoint", "http://127.0.0.1:9"], ["does not answer", "vllm serve"]),

@@ -59,10 +59,11 @@ def server():
 def test_answers_come_in_order_with_the_mode_in_the_request(server, suffix):
     backend = EndpointBackend(server.url + suffix)
     assert backend.modes == ("full", "compressed") and backend.model == "first"
-    for mode in backend.modes:
-        server.bodies.clear()
-        assert backend.complete(PROMPTS, mode) == [prompt.text.upper() for prompt in PROMPTS]
-        for body in server.bodies:
+    expected = [prompt.text.upper() for prompt in PROMPTS]
+    assert backend.complete(PROMPTS) == {"full": expected, "compressed": expected}
+    for mode, bodies in (("full", server.bodies[:6]), ("compressed", server.bodies[6:])):
+        assert {body["prompt"] for body in bodies} == {prompt.text for prompt in PROMPTS}
+        for body in bodies:
             assert body["vllm_xargs"] == {"echokv": mode} and body["cache_salt"] == mode
             assert body["temperature"] == 0 and body["model"] == "first"
             assert body["max_tokens"] == 3 + int(body["prompt"].split()[1])
@@ -72,15 +73,21 @@ def test_as_is_sends_no_mode_and_needs_no_echokv(server):
     server.metrics = "vllm:num_requests_running 0\n"
     backend = EndpointBackend(server.url, "as-is", "second")
     assert backend.modes == ("as-is",)
-    backend.complete(PROMPTS, "as-is")
+    backend.complete(PROMPTS)
     assert all("vllm_xargs" not in body and body["model"] == "second" for body in server.bodies)
+
+
+def test_a_prompt_with_special_tokens_of_its_own_gets_no_others(server):
+    prompts = [PROMPTS[0], TaskPrompt("qasper", "<s>chat", ("x",), 3, special_tokens=False)]
+    EndpointBackend(server.url, "as-is", concurrency=1).complete(prompts)
+    assert [body.get("add_special_tokens") for body in server.bodies] == [None, False]
 
 
 def test_a_server_that_ignores_the_mode_is_found_out(server, monkeypatch):
     monkeypatch.setattr(endpoint, "_METRICS_WAIT", 0.0)
     server.metrics = "vllm:num_requests_running 0\n"
     with pytest.raises(EndpointError, match=r"no echokv metrics.*--attention-backend.*as-is"):
-        EndpointBackend(server.url).complete(PROMPTS, "full")
+        EndpointBackend(server.url).complete(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_bad_answers_are_explained(server, completion, words):
     backend = EndpointBackend(server.url)
     server.completion = completion
     with pytest.raises(EndpointError, match=words):
-        backend.complete(PROMPTS, "full")
+        backend.complete(PROMPTS)
 
 
 def test_bad_addresses_are_explained(server):

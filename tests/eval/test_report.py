@@ -9,7 +9,15 @@ from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.eval.divergence import Divergence
 from echokv_vllm.eval.footprint import footprint
 from echokv_vllm.eval.interval import Estimate
-from echokv_vllm.eval.report import divergence_rows, key_space, markdown, row_head, task_row, write
+from echokv_vllm.eval.report import (
+    divergence_rows,
+    key_space,
+    markdown,
+    mean_row,
+    row_head,
+    task_row,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +77,20 @@ def test_table_and_json(checkpoint, tmp_path):
 
 def test_names_of_key_spaces():
     assert [key_space(block) for block in (0, 1, 256)] == ["absolute", "un-rotated", "B = 256"]
+
+
+def test_a_mean_weighs_groups_alike_and_compares_the_same_prompts():
+    head = row_head("m", "local-0.5", "–", 0.5, None, 100)
+    easy, hard = [1.0] * 90, [0.0, 1.0] * 5
+    row = mean_row(head, "mean of 2 tasks", [easy, hard], [easy, [1.0] * 10], seed=0)
+    assert row["score"]["value"] == pytest.approx(0.75) and row["full"]["value"] == 1
+    assert row["difference"]["value"] == pytest.approx(-0.25) and row["samples"] == 100
+    share = row["share_of_full"]
+    assert share["value"] == pytest.approx(0.75) and 0.5 < share["low"] < 0.7 < share["high"]
+    assert "100.00 % [100.00, 100.00]; score is 75.00 % [" in markdown(report_of([row]))
+    # Equal answers differ by nothing, however much the scores spread.
+    same = mean_row(head, "mean", [hard, easy], [hard, easy], seed=0)
+    assert same["difference"] == {"value": 0, "low": 0, "high": 0}
+    nothing = mean_row(head, "mean", [[0.0] * 4], [[0.0] * 4], seed=0)
+    assert "share_of_full" not in nothing
+    assert mean_row(head, "mean", [hard], None, 0)["full"] is None

@@ -17,6 +17,7 @@ from echokv_vllm.eval.tasks import (
     make_prompts,
     resolve_tasks,
     string_match_all,
+    whole_words,
 )
 from echokv_vllm.eval.tasks.haystack import NOISE, load_essays, place
 
@@ -140,7 +141,7 @@ def test_frequent_words_are_ranks_two_to_four():
 
 def test_string_match_all_is_the_share_of_references_found():
     assert string_match_all("the ANSWERS are abc, def", ("ABC", "xyz", "Def", "1")) == 0.5
-    prompt = TaskPrompt("needle", "", ("123",), 5, whole_words=True)
+    prompt = TaskPrompt("needle", "", ("123",), 5, whole_words)
     assert [prompt.score(text) for text in (" 123.", " 1234", "5\n123")] == [1, 0, 0]
     assert not prompt.is_settled(" 123"), "a further digit would make it wrong"
     ruler = TaskPrompt("vt", "", ("AB", "CD"), 5)
@@ -150,8 +151,8 @@ def test_string_match_all_is_the_share_of_references_found():
 def test_names_and_lengths_are_checked():
     assert resolve_tasks(("ruler", "vt", "needle")) == (*RULER_TASKS, "needle")
     assert len(RULER_TASKS) == 11
-    with pytest.raises(TaskError, match=r"unknown task 'qa_1'; allowed are niah_single_1, .*ruler"):
-        resolve_tasks(("vt", "qa_1"))
+    with pytest.raises(TaskError, match=r"unknown task 'qa_3'; allowed are niah_single_1, .*ruler"):
+        resolve_tasks(("vt", "qa_3"))
     for task in TASKS:
         with pytest.raises(TaskError, match=rf"task '{task}'.*raise"):
             make_prompts(task, 1, 60, MATERIAL)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from echokv_vllm.plan import EchoPlan, LayerPlan, Source
+from echokv_vllm.quantization import as_cached
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.options import TrainOptions
-from echokv_vllm.train.run import fit_and_measure
 from echokv_vllm.train.stage1 import LayerSchedule, LayerStream, Samples, block_shift, stream
+from echokv_vllm.train.stages import fit_and_measure
 
 HEAD_DIM = 8
 
@@ -205,6 +206,33 @@ def test_samples_are_the_keys_a_server_would_see(tiny_model, rotation_block):
             **close,
         )
         torch.testing.assert_close(two.value_targets, heads(cache[2].values, [0, 3]), **close)
+
+
+@pytest.mark.parametrize("cache_format", ["fp8", "int4"])
+def test_inputs_are_as_cached_and_targets_exact(tiny_model, cache_format):
+    """Keys are coded after RoPE, as they lie in the cache, and only then rotated back."""
+    model = tiny_model()
+    plan = EchoPlan.preset("local-0.5", 3, 4)
+    sequences, offsets = _sequences(2, 20), torch.tensor([0, 0])
+    rotary = rotary_from_config(model.config)
+    exact = _record(model, plan, sequences, offsets, 1).samples[1, 0][0]
+    found = []
+    layers = LayerStream(plan, rotary, 1, lambda *sample: found.append(sample), cache_format)
+    stream(model, sequences, offsets, 2, layers, lambda batches: batches)
+    coded = next(samples for layer, _, samples in found if layer == 1)
+    assert torch.equal(coded.key_targets, exact.key_targets)
+    assert torch.equal(coded.value_targets, exact.value_targets)
+
+    def heads(flat):
+        return flat.view(2, 20, 2, HEAD_DIM)
+
+    assert torch.equal(
+        heads(coded.value_inputs), as_cached(heads(exact.value_inputs), cache_format)
+    )
+    at = torch.arange(20)
+    cached = as_cached(rotary.rotate(heads(exact.key_inputs), at), cache_format)
+    difference = heads(coded.key_inputs) - rotary.rotate(cached, -at)
+    assert difference.abs().mean() < 1e-3 < (coded.key_inputs - exact.key_inputs).abs().mean()
 
 
 def test_shards_see_their_own_heads_in_order(tiny_model):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import lzma
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from echokv_vllm.eval.tasks.prompt import TaskError
+from echokv_vllm.eval.tasks.qa import QaData
 from echokv_vllm.needle import haystack_sentence
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -25,10 +26,12 @@ class Material:
         count_tokens: Tokens of a text as the model's tokenizer encodes a prompt, special tokens
             included.
         essays: Sentences of the essay haystack; None generates sentences (`needle.py`).
+        qa: Data of QA tasks by task name.
     """
 
     count_tokens: Callable[[str], int]
     essays: tuple[str, ...] | None = None
+    qa: Mapping[str, QaData] = field(default_factory=dict)
 
     @property
     def haystack_name(self) -> str:

@@ -48,9 +48,20 @@ NIAH_TASKS: dict[str, _Niah] = {
 
 
 def niah_prompt(
-    task: str, rng: random.Random, limit: int, material: Material
+    task: str,
+    rng: random.Random,
+    limit: int,
+    material: Material,
+    depth: float | None = None,
 ) -> tuple[str, tuple[str, ...]]:
     """Prompt of at most `limit` tokens and the asked values.
+
+    Args:
+        task: One of `NIAH_TASKS`.
+        rng: Draws everything else.
+        limit: Most tokens.
+        material: Tokenizer and haystack text.
+        depth: Where all needles stand, 0 (start of the hay) to 1; None draws it for each.
 
     Raises:
         TaskError: If the limit has no room for it.
@@ -63,7 +74,7 @@ def niah_prompt(
         for key in [draw_key() for _ in range(variant.num_keys)]
     ]
     needles = [_fact(variant.values, key, value) for key, values in facts for value in values]
-    depths = [rng.random() for _ in needles]
+    depths = [rng.random() if depth is None else depth for _ in needles]
     asked = rng.sample(facts, variant.num_queries)
     opening, question = _wording(variant, [key for key, _ in asked])
     hay_seed = rng.random()

@@ -1,0 +1,93 @@
+"""Extra source heads from earlier layers.
+
+They cost no bytes, because those layers retain them anyway, but they widen the features and so slow
+decode down; hence a head is added only where it takes away much of what the plan loses.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from echokv_vllm.train.search.covariance import HeadAt
+from echokv_vllm.train.search.score import Scorer
+
+MIN_GAIN = 0.15
+"""What a step must take away at least, relative to the mean cost of a layer."""
+
+
+def extra_sources(
+    scorer: Scorer, retained: list[tuple[int, ...]], num_kv_heads: int, shards: int, reach: int
+) -> list[list[HeadAt]]:
+    """Choose extra sources for every layer.
+
+    One step adds one head to every shard of a layer, so that shards read equally many.
+
+    Args:
+        scorer: Scores sources exactly.
+        retained: Retained heads of every layer.
+        num_kv_heads: Heads of a layer.
+        shards: Head shards.
+        reach: Earlier layers to look at.
+
+    Returns:
+        (layer, head) pairs for every layer, ascending; at most half as many as the layer retains.
+    """
+    units = _Units(scorer, retained, num_kv_heads, shards)
+    costs = [units.costs(layer, [()] * shards) for layer in range(len(retained))]
+    threshold = MIN_GAIN * sum(map(sum, costs)) / len(costs)
+    found = []
+    for layer, before in enumerate(costs):
+        extra: list[tuple[HeadAt, ...]] = [()] * shards
+        steps = len(retained[layer]) // shards // 2 if sum(before) >= threshold else 0
+        for _ in range(steps):
+            longer = [units.best_addition(layer, shard, extra[shard], reach) for shard in
+                      range(shards)]  # fmt: skip
+            if any(len(new) == len(old) for new, old in zip(longer, extra, strict=True)):
+                break
+            after = units.costs(layer, longer)
+            if sum(before) - sum(after) < threshold:
+                break
+            before, extra = after, longer
+        found.append(sorted(head for heads in extra for head in heads))
+    return found
+
+
+class _Units:
+    """The shards of every layer, each rebuilt for itself."""
+
+    def __init__(
+        self, scorer: Scorer, retained: list[tuple[int, ...]], num_kv_heads: int, shards: int
+    ) -> None:
+        self._scorer = scorer
+        self._retained = retained
+        self._size = num_kv_heads // shards
+
+    def _kept(self, layer: int, shard: int) -> list[HeadAt]:
+        return [(layer, head) for head in self._retained[layer] if head // self._size == shard]
+
+    def _cost(self, layer: int, shard: int, extra: tuple[HeadAt, ...]) -> torch.Tensor:
+        kept = self._kept(layer, shard)
+        shard_heads = range(shard * self._size, (shard + 1) * self._size)
+        discarded = [head for head in shard_heads if (layer, head) not in kept]
+        if not discarded:
+            return torch.zeros(())
+        return self._scorer.cost(layer, discarded, [*sorted(extra), *kept])
+
+    def costs(self, layer: int, extra: list[tuple[HeadAt, ...]]) -> list[float]:
+        """Cost of every shard of a layer."""
+        return [float(self._cost(layer, shard, heads)) for shard, heads in enumerate(extra)]
+
+    def best_addition(
+        self, layer: int, shard: int, extra: tuple[HeadAt, ...], reach: int
+    ) -> tuple[HeadAt, ...]:
+        """The sources with the best one more; unchanged if there is none."""
+        candidates = [
+            (*extra, head)
+            for earlier in range(max(0, layer - reach), layer)
+            for head in self._kept(earlier, shard)
+            if head not in extra
+        ]
+        if not candidates:
+            return extra
+        costs = torch.stack([self._cost(layer, shard, heads) for heads in candidates])
+        return candidates[int(costs.argmin())]
