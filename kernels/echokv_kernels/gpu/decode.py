@@ -190,8 +190,9 @@ def attend_context(
 ) -> None:
     """Attention of the group's rows to cached tokens, as parts in `scratch` for `combine`.
 
-    Echoed rows attend to rebuilt context, retained rows to the whole sequence. Reads no page that
-    this step writes into exact pages. Capturable: no host synchronisation, no allocation.
+    Echoed rows attend to rebuilt context, retained rows to the whole sequence, which must be stored
+    already. Needs nothing of stock attention over exact pages and may run beside it. Capturable: no
+    host synchronisation, no allocation.
 
     Args:
         query: [T, query heads, head_dim], last axis contiguous.
