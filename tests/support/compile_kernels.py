@@ -43,13 +43,17 @@ class NoDriver:
         return torch.device("cpu")
 
 
-def compile_instead_of_launching(needs: dict[str, int]) -> None:
-    """From now on `kernel[grid](...)` compiles and notes the kernel's shared memory."""
+def compile_instead_of_launching(
+    needs: dict[str, int], variants: dict[str, set[str]] | None = None
+) -> None:
+    """From now on `kernel[grid](...)` compiles, notes the kernel's shared memory and its hash."""
 
     def get_item(kernel: Any, grid: Any) -> Any:
         def compile_kernel(*args: Any, **kwargs: Any) -> None:
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             needs[kernel.__name__] = max(needs.get(kernel.__name__, 0), compiled.metadata.shared)
+            if variants is not None:
+                variants.setdefault(kernel.__name__, set()).add(compiled.hash)
 
         return compile_kernel
 

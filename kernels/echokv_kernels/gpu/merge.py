@@ -40,7 +40,7 @@ def _known_lse(
 
 # Numbers of tokens and places in shared buffers differ from step to step: one variant for all.
 @triton.jit(
-    do_not_specialize=["first_token", "num_tokens", "stride_lse", "stride_part_lse"],
+    do_not_specialize=["first_token", "num_tokens", "stride_lse_head", "stride_part_lse_head"],
     do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr", "token_request_ptr"],
 )
 def merge_partial_kernel(

@@ -1,4 +1,4 @@
-"""The decode kernels compile for a GPU and fit it, seen without one."""
+"""Kernels compile for a GPU and fit it, in as few variants as meant; seen without one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compile_kernels.py"
+SUPPORT = Path(__file__).resolve().parents[2] / "support"
 SHARED_BYTES = 227 * 1024  # that a program may have on Hopper
 CASES = [
     ("local-0.5", 64, 8, 4, 128),
@@ -23,17 +24,32 @@ CASES = [
 NAMES = ("preset", "rotation_block", "num_kv_heads", "group", "head_dim")
 
 
+def answer_of(script: str, cache: Path, *arguments: Path) -> dict[str, Any]:
+    """What a script in tests/support prints last; in a process without Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / script), *map(str, arguments)],
+        env={**os.environ, "TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.mark.slow
+def test_prompt_chunks_of_all_steps_share_the_warm_up_variants(tmp_path: Path) -> None:
+    assert answer_of("kernel_variants.py", tmp_path) == {
+        "materialize_kernel": 1,
+        "merge_partial_kernel": 2,  # the first part of an accumulator, and later ones
+        "write_merged_kernel": 1,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_and_fits(case: tuple[str | int, ...], tmp_path: Path) -> None:
     file = tmp_path / "cases.json"
     file.write_text(json.dumps([dict(zip(NAMES, case, strict=True))]))
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(file)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (needs,) = json.loads(done.stdout.splitlines()[-1])["cases"].values()
+    (needs,) = answer_of("compile_kernels.py", tmp_path, file)["cases"].values()
     decode = {name for name in needs if name.endswith("_decode_kernel")}
     assert len(decode) == 1 and "combine_kernel" in needs
     assert ("absorb_kernel" in needs) == (case[1] != 1)
