@@ -39,7 +39,7 @@ class TrainOptions:
             cost no bytes but slow decode down.
         rotation_block: Tokens per rotation block; 1 = un-rotated keys, 0 = absolute rotation. The
             default costs 7 % more KL than 64 (benchmarks/results/2026-11-22-quality) and a decode
-            step 15 % less time (benchmarks/results/2026-11-22-h200).
+            step 17 % less time (benchmarks/results/2026-11-22-h200).
         stage1: How stage I fits rebuilt to true heads: `closed-form` (least squares) or `sgd` (the
             paper's KV-MSE by AdamW).
         stage1_steps: Steps of `sgd`.
