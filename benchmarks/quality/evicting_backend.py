@@ -146,26 +146,5 @@ class _EvictedDecode(RaggedDecode):
         super().keep(rows)
         self._forgotten = [forgotten[rows] for forgotten in self._forgotten]
 
-    def attention(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        plain: PlainAttention,
-    ) -> torch.Tensor:
-        """See `AttentionContext`; `key` and `value` hold the new token alone."""
-        here = torch.arange(len(query), device=query.device)
-        for stored, new in zip(self._view[layer], (key, value), strict=True):
-            stored[here, :, self._lengths] = new[:, :, 0].to(stored.dtype)
-        num_slots = int(self._lengths.max()) + 1
-        keys, values = (part[:, :, :num_slots] for part in self._view[layer])
-        behind = torch.arange(num_slots, device=query.device) > self._lengths[:, None]
-        hidden = behind[:, None] | self._forgotten[layer][:, :, :num_slots]
-        grouped = (query * scaling).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        scores = (
-            (grouped @ keys.transpose(2, 3)).float().masked_fill(hidden[:, :, None], -torch.inf)
-        )
-        out = scores.softmax(-1).to(values.dtype) @ values
-        return out.flatten(1, 2)[:, None]
+    def _hidden(self, layer: int, num_slots: int) -> torch.Tensor:
+        return super()._hidden(layer, num_slots) | self._forgotten[layer][:, :, :num_slots]

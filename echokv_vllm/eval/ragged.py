@@ -193,10 +193,15 @@ class RaggedDecode:
         num_rows, num_kv_heads, num_slots, head_dim = keys.shape
         grouped = (query * scaling).reshape(num_rows * num_kv_heads, -1, head_dim)
         scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).float()
-        behind = torch.arange(num_slots, device=query.device) > self._lengths[:, None]
-        scores.view(num_rows, -1, num_slots).masked_fill_(behind[:, None], -torch.inf)
+        hidden = self._hidden(layer, num_slots)[:, :, None]
+        scores.view(num_rows, num_kv_heads, -1, num_slots).masked_fill_(hidden, -torch.inf)
         out = torch.bmm(scores.softmax(-1).to(values.dtype), values.flatten(0, 1))
         return out.view(num_rows, 1, -1, head_dim)
+
+    def _hidden(self, layer: int, num_slots: int) -> torch.Tensor:
+        """[rows, 1 or num_kv_heads, num_slots] bool, slots that the new tokens do not see."""
+        slots = torch.arange(num_slots, device=self._lengths.device)
+        return (slots > self._lengths[:, None])[:, None]
 
     def _compress_context(self, rebuilder: Rebuilder) -> None:
         """Fill the view as the first step's queries see it, but for one token.

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.absorb import ready_line
-from echokv_kernels.gpu.shares import find_request
+from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
 
 
@@ -246,12 +246,9 @@ def absorbed_decode_kernel(
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
-    num_tokens = tl.load(token_end_ptr + num_requests - 1)
-    share_len = tl.load(share_len_ptr)
-    position = program.to(tl.int64) * share_len
-    if position >= num_tokens:
+    position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
+    if position >= share_end:
         return
-    share_end = tl.minimum(position + share_len, num_tokens)
     own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
     row = tl.arange(0, ROW_PAD)

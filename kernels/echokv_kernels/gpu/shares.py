@@ -7,6 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
+def own_share(token_end_ptr, share_len_ptr, num_requests):
+    """Begin and end of this program's share on the axis; an empty one ends no later than it begins.
+
+    `token_end_ptr` is [num_requests] int64, `share_len_ptr` [1] int64.
+    """
+    num_tokens = tl.load(token_end_ptr + num_requests - 1)
+    share_len = tl.load(share_len_ptr)
+    position = tl.program_id(0).to(tl.int64) * share_len
+    return position, tl.minimum(position + share_len, num_tokens)
+
+
+@triton.jit
 def find_request(
     token_end_ptr,  # [n] int64
     line_end_ptr,  # [n] int32

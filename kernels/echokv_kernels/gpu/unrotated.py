@@ -26,7 +26,7 @@ from echokv_kernels.gpu.absorbed import weighted_values
 from echokv_kernels.gpu.launch import UNROTATED
 from echokv_kernels.gpu.plain import fill_places, plain_features, turn_queries
 from echokv_kernels.gpu.projection import column_elements
-from echokv_kernels.gpu.shares import find_request
+from echokv_kernels.gpu.shares import find_request, own_share
 
 if TYPE_CHECKING:
     from echokv_kernels.gpu.decode import DecodeBatch
@@ -364,12 +364,9 @@ def unrotated_decode_kernel(
     NUM_TILES: tl.constexpr = CHUNK // BLOCK_M
     TURNED: tl.constexpr = (NUM_TILES * ECHO_ROWS + NUM_ROWS - ECHO_ROWS) * (2 * HALF_PAD)
     program = tl.program_id(0)
-    num_tokens = tl.load(token_end_ptr + num_requests - 1)
-    share_len = tl.load(share_len_ptr)
-    position = program.to(tl.int64) * share_len
-    if position >= num_tokens:
+    position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
+    if position >= share_end:
         return
-    share_end = tl.minimum(position + share_len, num_tokens)
     place = program.to(tl.int64)
     plain = plain_ptr + place * (BLOCK_M * F)
     turned = turned_ptr + place * TURNED
