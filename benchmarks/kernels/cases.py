@@ -246,7 +246,9 @@ class EchoedDecode:
     def _plan_shares(self, programs: int) -> None:
         block, align = self.case.rotation_block, self.shape.item_align
         tokens = self.batch.seq_lens.to(torch.int64)
-        plan_shares(self.plan, tokens, Shares(programs, align, self.tiles.min_share_len, block))
+        tiles = self.tiles
+        shares = Shares(programs, align, tiles.min_share_len, tiles.request_cost, block)
+        plan_shares(self.plan, tokens, shares)
 
     def _inputs(self) -> None:
         n, heads = self.case.num_reqs, self.heads[0]

@@ -46,6 +46,7 @@ PLOTTED = [("local-0.5", 256), ("local-0.25", 64)]
 KERNELS = {
     "absorb": ("absorb_kernel",),
     "decode": ("fused_decode_kernel", "absorbed_decode_kernel"),  # one of them, by the plan
+    "reduce": ("reduce_kernel",),
     "combine": ("combine_kernel",),
 }
 
@@ -110,6 +111,7 @@ def measure_case(case: EchoCase, stock: dict[str, Any], bandwidth: float) -> dic
             parts[part] = times(time_graph(echo.calls(), 15))
     echo.plan.token_end.zero_()
     echo.plan.line_end.zero_()
+    echo.plan.items.zero_()
     idle = time_graph(echo.calls() * 4, 15)
     limit = echo.num_bytes / bandwidth * 1e6
     return {
@@ -141,8 +143,8 @@ def table(results: dict[str, Any]) -> str:
         "copy's rate.",
         "",
         "| plan | rotation block | requests x tokens | stock | echoed | limit | of stock "
-        "| with exact pages | absorb | decode (of copy rate) | combine | idle |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| with exact pages | absorb | decode (of copy rate) | reduce | combine | idle |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in results["cases"]:
         stock = find_stock(results, case["num_reqs"], case["context_len"])
@@ -153,8 +155,8 @@ def table(results: dict[str, Any]) -> str:
             f"| {case['us']['median']:.1f} | {case['us_limit']:.1f} "
             f"| {case['of_stock']:.3f} | {case['of_stock_with_exact_pages']:.3f} "
             f"| {parts['absorb']:.1f} | {parts['decode']:.1f} "
-            f"({case['decode_share_of_copy']:.0%}) | {parts['combine']:.1f} "
-            f"| {case['us_idle']['median']:.2f} |"
+            f"({case['decode_share_of_copy']:.0%}) | {parts['reduce']:.1f} "
+            f"| {parts['combine']:.1f} | {case['us_idle']['median']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

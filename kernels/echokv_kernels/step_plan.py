@@ -13,10 +13,11 @@ number of tokens it may read. Part 0 is R, part 1 is D:
     prefill, not compressed    R table, seq_len         D table, seq_len
     prefill, compressed        R table, seq_len         D table, 0
 
-Compressed decodes are laid end to end on one axis of tokens, each rounded up to whole tiles, and
-the axis is cut into equal shares, one per program: all programs end together, whatever the lengths
-are. A share that reaches into another request is two work items; item number = share + request, so
-that no two items have the same number and a request's items follow each other.
+Compressed decodes are laid end to end on one axis of tokens, each rounded up to whole tiles and
+followed by a gap for the time that beginning with a request takes. The axis is cut into equal
+shares, one per program: all programs end together, whatever the lengths are. A share that reaches
+into another request is two work items; item number = share + request, so that no two items have
+the same number and a request's items follow each other. A share of nothing but a gap is no item.
 
     shares      |     0     |     1     |     2     |     3     |
     requests    |0                 |1          |2               |
@@ -40,6 +41,7 @@ class Shares:
         num_shares: at most so many shares, one per program.
         align: requests and shares are rounded up to a multiple of it, tokens.
         min_len: a share has at least so many tokens.
+        request_cost: tokens whose time a program needs to begin with a request.
         rotation_block: a line of absorbed queries per so many tokens; 0: one line per request,
             1: none.
 
@@ -50,14 +52,21 @@ class Shares:
     num_shares: int
     align: int
     min_len: int
+    request_cost: int
     rotation_block: int
+
+    @property
+    def gap(self) -> int:
+        """Places on the axis behind each request."""
+        return -(-self.request_cost // self.align) * self.align
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_shares", 1), ("align", 1), ("min_len", 1)):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if self.rotation_block < 0:
-            raise ValueError(f"rotation_block is {self.rotation_block}; it must be at least 0")
+        for name in ("request_cost", "rotation_block"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +81,13 @@ class StepPlan:
         compressed: [max_reqs] int32, 1 if a token of the request lies in a page that is not exact.
         tables: [2 * max_reqs, max(PR, PD)] int32, block-table rows; `row_of` finds them.
         lens: [2 * max_reqs] int32, tokens that may be read through each row.
-        token_end: [max_reqs] int64, where each request ends on the axis of compressed decodes.
+        token_end: [max_reqs] int64, where each request and its gap end on the axis of compressed
+            decodes.
         line_end: [max_reqs] int32, rotation blocks of the compressed decodes up to and including
             each: a line of absorbed queries for each block.
         share_len: [1] int64, tokens per share.
+        items: [max_reqs, 2] int32, each request's first work item and the one behind its last,
+            equal where there are none.
         paired: whether a request's two rows are neighbours; otherwise all R rows come first.
         retained_block_size: tokens per R page.
         residual_block_size: tokens per D page.
@@ -89,6 +101,7 @@ class StepPlan:
     token_end: torch.Tensor
     line_end: torch.Tensor
     share_len: torch.Tensor
+    items: torch.Tensor
     paired: bool
     retained_block_size: int
     residual_block_size: int
@@ -132,6 +145,7 @@ class StepPlan:
             token_end=zeros(max_reqs, dtype=torch.int64),
             line_end=zeros(max_reqs),
             share_len=torch.ones(1, dtype=torch.int64, device=device),
+            items=zeros(max_reqs, 2),
             paired=paired,
             retained_block_size=retained_block_size,
             residual_block_size=residual_block_size,
@@ -280,17 +294,23 @@ def plan_step(
 
 
 def plan_shares(plan: StepPlan, tokens: torch.Tensor, shares: Shares) -> None:
-    """Fills `token_end`, `line_end` and `share_len`.
+    """Fills `token_end`, `line_end`, `share_len` and `items`.
 
     Args:
         plan: written in place.
         tokens: [n] int64, 0 for requests that are not compressed decodes.
         shares: how they are cut.
     """
-    padded = _ceil_div(tokens, shares.align) * shares.align
+    padded = _ceil_div(tokens, shares.align) * shares.align + torch.where(tokens > 0, shares.gap, 0)
     share_len = _ceil_div(padded.sum(), shares.num_shares).clamp(min=shares.min_len)
-    plan.share_len.copy_(_ceil_div(share_len, shares.align) * shares.align)
-    plan.token_end[: tokens.shape[0]] = padded.cumsum(0)
+    share_len = _ceil_div(share_len, shares.align) * shares.align
+    end = padded.cumsum(0)
+    plan.share_len.copy_(share_len)
+    plan.token_end[: tokens.shape[0]] = end
+    request = torch.arange(tokens.shape[0], device=tokens.device)
+    first = torch.where(tokens > 0, (end - padded) // share_len, 0) + request
+    last = torch.where(tokens > 0, (end - shares.gap - 1) // share_len + request + 1, first)
+    plan.items[: tokens.shape[0]] = torch.stack((first, last), 1).to(torch.int32)
     if shares.rotation_block == 0:
         lines = (tokens > 0).to(torch.int64)
     elif shares.rotation_block == 1:

@@ -8,6 +8,7 @@ group's completes it, as on the portable path.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,6 @@ class GpuStep:
         max_seq_len: Bound of the sequence lengths.
         query_start_loc: [num_reqs + 1] int32.
         seq_lens: [num_reqs] int32.
-        context_lens: [num_reqs] int32, tokens cached before this step.
         retained_table: [num_reqs, PR] int32.
         retained_slots: [>= num_tokens] int.
         residual_table: [num_reqs, PD] int32.
@@ -49,12 +49,16 @@ class GpuStep:
     max_seq_len: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    context_lens: torch.Tensor
     retained_table: torch.Tensor
     retained_slots: torch.Tensor
     residual_table: torch.Tensor
     decodes: DecodeBatch | None
     prefill: PrefillStep | None
+
+    @cached_property
+    def context_lens(self) -> torch.Tensor:
+        """[num_reqs] int32, tokens cached before this step; steps of decodes need it nowhere."""
+        return self.seq_lens - self.query_start_loc.diff()
 
 
 class GpuStepBuilder:
@@ -86,11 +90,10 @@ class GpuStepBuilder:
         self.max_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.graph_size)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.schedules: dict[tuple[int, int], FlashDecodeSchedule] = {}
-        self.shares = Shares(num_shares=1, align=1, min_len=1, rotation_block=0)
+        self.shares = Shares(num_shares=1, align=1, min_len=1, request_cost=0, rotation_block=0)
         self.num_tiles = 1
         self.paired = False
         self.plan: StepPlan
-        self._context_lens = torch.zeros(self.max_reqs, dtype=torch.int32, device=device)
 
     def configure(
         self,
@@ -129,8 +132,6 @@ class GpuStepBuilder:
         n = common.num_reqs
         assert n <= self.max_reqs, f"echokv: {n} requests in a step, room for {self.max_reqs}"
         query_start_loc, seq_lens = common.query_start_loc[: n + 1], common.seq_lens[:n]
-        context_lens = self._context_lens[:n]
-        torch.sub(seq_lens, query_start_loc.diff(), out=context_lens)
         self.step = GpuStep(
             num_tokens=common.num_actual_tokens,
             num_reqs=n,
@@ -138,7 +139,6 @@ class GpuStepBuilder:
             max_seq_len=common.max_seq_len,
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
-            context_lens=context_lens,
             retained_table=common.block_table_tensor[:n],
             retained_slots=common.slot_mapping,
             residual_table=common.block_table_tensor[:n],

@@ -112,6 +112,7 @@ class GpuWorker:
                 num_shares=self.memory.scratch.num_programs,
                 align=self.memory.shape.item_align,
                 min_len=DECODE.min_share_len,
+                request_cost=DECODE.request_cost,
                 rotation_block=self.rotation_block,
             ),
             num_tiles=self.memory.num_tiles,

@@ -9,12 +9,13 @@ step_plan     exact pages, block-table rows and work items
 
 Layer:
 store         keys and values into retained and residual pages
-decode        launching echoed decode, in three kernels:
+decode        launching echoed decode, in four kernels:
   absorb        queries through the key maps, per rotation block
   fused         one loop over keys and values, for features that fit the registers
   absorbed      two loops, for wider ones
   unrotated     keys rebuilt on tensor cores, for rotation block 1
-  combine       work items to one sum, value maps, merge with what is exact
+  reduce        work items to one mean per row
+  combine       value maps, merge with what is exact
 rebuild       discarded heads materialised for prompt chunks; merge adds up rounds
 
 Parts:
@@ -22,5 +23,5 @@ rotation      cosines and sines of any position from two small tables; pairs of 
 features      where the source heads of a layer lie, as one pointer and a list of offsets
 tiles         loading tiles of paged features
 projection    features times maps on tensor cores; plain un-rotates features first
-launch        tile sizes and warps, with the command that chose them
+launch        tile sizes and warps, with the command that chose them; overlapping launches
 """

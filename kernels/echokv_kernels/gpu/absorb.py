@@ -179,15 +179,21 @@ def line_blocks(
 
 @triton.jit
 def load_map(
-    map_ptr,  # [HEAD_DIM, HEAD_DIM]
-    out,  # [P] int32, rows
-    into,  # [P] int32, columns
+    map_ptr,  # [HEAD_DIM, HEAD_DIM], one source head's
+    first,  # [P] int32, the first elements of pairs
+    second,  # [P] int32, the second
     known,  # [P] bool
     HEAD_DIM: tl.constexpr,
 ):
-    """Part of one source head's key map, [P, P]."""
-    at = out[:, None] * HEAD_DIM + into[None, :]
-    return tl.load(map_ptr + at, mask=known[:, None] & known[None, :], other=0.0)
+    """A key map in four [P, P] parts: from first and second elements, to first and second."""
+    mask = known[:, None] & known[None, :]
+    out_1, out_2 = map_ptr + first[:, None] * HEAD_DIM, map_ptr + second[:, None] * HEAD_DIM
+    return (
+        tl.load(out_1 + first[None, :], mask=mask, other=0.0),
+        tl.load(out_1 + second[None, :], mask=mask, other=0.0),
+        tl.load(out_2 + first[None, :], mask=mask, other=0.0),
+        tl.load(out_2 + second[None, :], mask=mask, other=0.0),
+    )
 
 
 @triton.jit(do_not_specialize=["num_requests", "max_lines"])
@@ -219,6 +225,7 @@ def absorb_kernel(
     REQUESTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SOURCES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Fills the lines. Grid: (heads * parts of a group * parts of the sources, programs).
 
@@ -229,7 +236,11 @@ def absorb_kernel(
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     num_lines = tl.minimum(tl.load(line_end_ptr + num_requests - 1), max_lines)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if tl.program_id(1) * LINES >= num_lines:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     SOURCE_PARTS: tl.constexpr = NUM_SOURCES // SOURCES
     first_row = tl.program_id(0) // SOURCE_PARTS * MEMBERS
@@ -239,6 +250,7 @@ def absorb_kernel(
     pair = tl.arange(0, HALF_PAD)
     known = pair < HEAD_DIM // 2
     first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    map_ptr = key_map_ptr + head * NUM_SOURCES * (HEAD_DIM * HEAD_DIM)
     step = tl.num_programs(1) * LINES
     for start in range(tl.program_id(1) * LINES, num_lines, step):
         line = start + tl.arange(0, LINES)
@@ -249,6 +261,8 @@ def absorb_kernel(
         mask = real[:, None] & known[None, :]
         if ROTATION_BLOCK != 0:
             cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         turned = ()
         for member in tl.static_range(MEMBERS):
             row = first_row + member
@@ -270,11 +284,9 @@ def absorb_kernel(
                 tl.store(offset_ptr + line.to(tl.int64) * ECHO_ROWS + row, dot, mask=real)
             turned += (q_1, q_2)  # type: ignore[assignment]
         for source in tl.range(first_source, first_source + SOURCES, num_stages=1):
-            map_ptr = key_map_ptr + (head * NUM_SOURCES + source) * (HEAD_DIM * HEAD_DIM)
-            map_11 = load_map(map_ptr, first, first, known, HEAD_DIM)
-            map_12 = load_map(map_ptr, first, second, known, HEAD_DIM)
-            map_21 = load_map(map_ptr, second, first, known, HEAD_DIM)
-            map_22 = load_map(map_ptr, second, second, known, HEAD_DIM)
+            map_11, map_12, map_21, map_22 = load_map(
+                map_ptr + source * (HEAD_DIM * HEAD_DIM), first, second, known, HEAD_DIM
+            )
             for member in tl.static_range(MEMBERS):
                 q_1, q_2 = turned[2 * member], turned[2 * member + 1]
                 a_1 = tl.dot(q_1, tl.trans(map_11), input_precision="ieee")

@@ -241,13 +241,18 @@ def absorbed_decode_kernel(
     VALUE_T: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Persistent programs; see the module's docstring."""
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if position >= share_end:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
@@ -268,6 +273,8 @@ def absorbed_decode_kernel(
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         for chunk in range(item_start // CHUNK, tl.cdiv(item_stop, CHUNK)):
             start = tl.maximum(item_start, chunk * CHUNK)
             stop = tl.minimum(item_stop, (chunk + 1) * CHUNK)

@@ -1,13 +1,12 @@
-"""The last step of echoed decode: items to one sum, value maps, and the parts that are exact.
+"""The last step of echoed decode: value maps, and the parts that are exact.
 
-    echoed heads     sum over items -> Wv (+ bv)   merged with   exact pages (stock attention)
-                                                                 the current token, where its
-                                                                 residual page does not exist
-    retained heads   sum over items
+    echoed heads     mean over items -> Wv (+ bv)   merged with   exact pages (stock attention)
+                                                                  the current token, where its
+                                                                  residual page does not exist
+    retained heads   mean over items
 
-One program per request, head and source head; the program that finishes a head last, seen by a
-counter, adds up the source heads' parts and merges. Requests without work items are left alone:
-their output is stock attention's.
+A tile takes one KV head's rows of several requests, so that they share the value maps. Requests
+without work items are left alone: their output is stock attention's.
 """
 
 from __future__ import annotations
@@ -15,92 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.shares import item_range
+from echokv_kernels.gpu.reduce import mean_size
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def item_weights(
-    maximum_ptr,  # [items, ROW_PAD] float32
-    total_ptr,  # [items, ROW_PAD] float32
-    first,
-    last,
-    row,  # [ROWS] int32
-    real,  # [ROWS] bool
-    ROW_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITEMS: tl.constexpr,
-):
-    """Maximum over items and sum of weights relative to it, [ROWS] float32 each."""
-    item = tl.arange(0, ITEMS)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    base = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(first, last, ITEMS):
-        at = (start + item)[:, None] * ROW_PAD + row[None, :]
-        mask = ((start + item) < last)[:, None] & real[None, :]
-        maximum = tl.load(maximum_ptr + at, mask=mask, other=float("-inf"))
-        weight = tl.load(total_ptr + at, mask=mask, other=0.0)
-        new = tl.maximum(largest, tl.max(maximum, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        total *= tl.exp2(largest - base)
-        total += tl.sum(tl.exp2(maximum - base[None, :]) * weight, 0)
-        largest = new
-    return largest, base, total
-
-
-@triton.jit
-def sum_items(
-    sum_ptr,  # [items, ROW_PAD, F] float32
-    maximum_ptr,
-    first,
-    last,
-    base,  # [ROWS] float32
-    first_row,
-    source,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    ROW_PAD: tl.constexpr,
-    F: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    ITEMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One source head's weighted features over all items of a request, [ROWS, DIM_PAD] float32.
-
-    Items and rows lie along one axis, and a small product adds up the items of each row.
-    """
-    line = tl.arange(0, ITEMS * GROUP_PAD)
-    member = line % GROUP_PAD
-    row = tl.arange(0, ROWS)
-    element = tl.arange(0, DIM_PAD)
-    inside = element < HEAD_DIM
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for start in range(first, last, ITEMS):
-        item = start + line // GROUP_PAD
-        real = (item < last) & (member < GROUP)
-        at = item * ROW_PAD + first_row + member
-        maximum = tl.load(maximum_ptr + at, mask=real, other=float("-inf"))
-        sums = tl.load(
-            sum_ptr + at.to(tl.int64)[:, None] * F + source * HEAD_DIM + element[None, :],
-            mask=real[:, None] & inside[None, :],
-            other=0.0,
-        )
-        weight = tl.exp2(maximum[None, :] - base[:, None])
-        weight = tl.where(row[:, None] == member[None, :], weight, 0.0)
-        acc = tl.dot(weight, sums, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def add_part(
-    out,  # [ROWS, DIM_PAD] float32, weighted by exp2(lse - largest)
+    out,  # [ROWS, COLUMNS] float32, weighted by exp2(lse - largest)
     total,  # [ROWS] float32
     largest,  # [ROWS] float32, log2
-    part,  # [ROWS, DIM_PAD] float32
+    part,  # [ROWS, COLUMNS] float32
     lse,  # [ROWS] float32, log2; -inf where the part saw nothing
 ):
     """Adds one part of a softmax to a running sum."""
@@ -112,7 +36,32 @@ def add_part(
     return out, total * keep + weight, new
 
 
-@triton.jit(do_not_specialize=["stride_exact_lse_token", "stride_exact_lse_row"])
+@triton.jit
+def project(
+    mean_ptrs,  # [ROWS, DIM_PAD] pointers to the first source head's features
+    mask,  # [ROWS, DIM_PAD] bool
+    value_map_ptr,  # [F, HEAD_DIM] of one echoed head
+    column,  # [COLUMNS] int32
+    NUM_SOURCES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Some columns of the rows' values, [ROWS, COLUMNS] float32."""
+    element = tl.arange(0, DIM_PAD)
+    map_mask = (element < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
+    map_ptrs = value_map_ptr + element[:, None] * HEAD_DIM + column[None, :]
+    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for source in tl.range(0, NUM_SOURCES, num_stages=STAGES):
+        mean = tl.load(mean_ptrs + source * HEAD_DIM, mask=mask, other=0.0)
+        w = tl.load(map_ptrs + source * (HEAD_DIM * HEAD_DIM), mask=map_mask, other=0.0)
+        out = tl.dot(mean, w, out, input_precision="ieee")
+    return out
+
+
+@triton.jit(do_not_specialize=["num_requests", "stride_exact_lse_token", "stride_exact_lse_row"])
 def combine_kernel(
     output_ptr,  # [T, query heads, HEAD_DIM], written
     query_ptr,  # [T, query heads, HEAD_DIM]
@@ -125,18 +74,14 @@ def combine_kernel(
     value_map_ptr,  # [NUM_ECHOED, F, HEAD_DIM]
     value_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
     row_query_ptr,  # [NUM_ROWS] int32
-    row_source_ptr,  # [NUM_ROWS] int32
     row_exact_ptr,  # [NUM_ECHOED * GROUP] int32, rows of exact_out
     head_kv_ptr,  # [NUM_ECHOED] int32, KV heads
     query_start_loc_ptr,  # [n + 1] int32
     seq_lens_ptr,  # [n] int32
-    token_end_ptr,  # [n] int64
-    share_len_ptr,  # [1] int64
-    sum_ptr,  # [items, ROW_PAD, F] float32
-    maximum_ptr,  # [items, ROW_PAD] float32
-    total_ptr,  # [items, ROW_PAD] float32
-    part_ptr,  # [n, NUM_ECHOED, NUM_SOURCES, ROWS, HEAD_DIM] float32
-    counter_ptr,  # [n, NUM_ECHOED] int32, 0 between launches
+    items_ptr,  # [n, 2] int32
+    mean_ptr,  # [n, mean_size]
+    lse_ptr,  # [n, NUM_ROWS] float32, log2
+    num_requests,
     stride_output_token,
     stride_output_head,
     stride_query_token,
@@ -159,121 +104,89 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL_BLOCK_SIZE: tl.constexpr,
-    ROW_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    ITEMS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """See the module's docstring. Grid: (n, echoed and retained heads, source heads)."""
+    """Grid: (tiles of requests, echoed heads times parts of HEAD_DIM, and the retained heads)."""
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    source = tl.program_id(2)
-    first, last = item_range(token_end_ptr, share_len_ptr, request)
-    if first == last:
+    PARTS: tl.constexpr = DIM_PAD // COLUMNS
+    line = tl.arange(0, ROWS)
+    member = line % GROUP_PAD
+    request = tl.program_id(0) * (ROWS // GROUP_PAD) + line // GROUP_PAD
+    known = (request < num_requests) & (member < GROUP)
+    first = tl.load(items_ptr + 2 * request, mask=known, other=0)
+    known = tl.load(items_ptr + 2 * request + 1, mask=known, other=0) > first
+    if tl.sum(known.to(tl.int32)) == 0:
         return
-    # Long before they are used: each would wait for memory again at the end.
-    exact_len = tl.load(exact_lens_ptr + request * stride_exact_len)
-    page = (tl.load(seq_lens_ptr + request) - 1) // RESIDUAL_BLOCK_SIZE
-    is_exact = tl.load(exact_ptr + request.to(tl.int64) * stride_exact + page)
-    member = tl.arange(0, ROWS)
     element = tl.arange(0, DIM_PAD)
-    real = member < GROUP
-    inside = element < HEAD_DIM
-    mask = real[:, None] & inside[None, :]
+    mask = known[:, None] & (element < HEAD_DIM)[None, :]
+    token = tl.load(query_start_loc_ptr + request, mask=known, other=0).to(tl.int64)
+    part = tl.program_id(1)
+    head = part // PARTS
+    if part >= NUM_ECHOED * PARTS:
+        head = NUM_ECHOED + (part - NUM_ECHOED * PARTS)
     row = head * GROUP + member
-    token = tl.load(query_start_loc_ptr + request).to(tl.int64)
-    query_head = tl.load(row_query_ptr + row, mask=real, other=0).to(tl.int64)
-    out_ptrs = output_ptr + token * stride_output_token
-    out_ptrs = out_ptrs + query_head[:, None] * stride_output_head + element[None, :]
-    largest, base, total = item_weights(
-        maximum_ptr, total_ptr, first, last, row, real, ROW_PAD, ROWS, ITEMS
+    query_head = tl.load(row_query_ptr + row, mask=known, other=0).to(tl.int64)
+    out_ptrs = output_ptr + (token * stride_output_token + query_head * stride_output_head)[:, None]
+    mean = mean_ptr + request.to(tl.int64) * mean_size(
+        NUM_ECHOED, NUM_ROWS, GROUP, NUM_SOURCES, HEAD_DIM
     )
-    seen = tl.where(total > 0, total, 1.0)
     if head >= NUM_ECHOED:
-        if source > 0:
-            return
-        own = tl.load(row_source_ptr + head * GROUP)
-        acc = sum_items(
-            sum_ptr, maximum_ptr, first, last, base, head * GROUP, own,
-            GROUP, GROUP_PAD, ROW_PAD, F, HEAD_DIM, ROWS, DIM_PAD, ITEMS, PRECISION,
-        )  # fmt: skip
-        tl.store(out_ptrs, (acc / seen[:, None]).to(output_ptr.dtype.element_ty), mask=mask)
+        own = NUM_ECHOED * GROUP * F + (row - NUM_ECHOED * GROUP) * HEAD_DIM
+        out = tl.load((mean + own)[:, None] + element[None, :], mask=mask, other=0.0)
+        tl.store(out_ptrs + element[None, :], out.to(output_ptr.dtype.element_ty), mask=mask)
         return
-    w_ptrs = value_map_ptr + (head * NUM_SOURCES + source) * (HEAD_DIM * HEAD_DIM)
-    w_ptrs = w_ptrs + element[:, None] * HEAD_DIM + element[None, :]
-    w = tl.load(w_ptrs, mask=inside[:, None] & inside[None, :], other=0.0)
-    acc = sum_items(
-        sum_ptr, maximum_ptr, first, last, base, head * GROUP, source,
-        GROUP, GROUP_PAD, ROW_PAD, F, HEAD_DIM, ROWS, DIM_PAD, ITEMS, PRECISION,
+    # All of it long before it is used: each would wait for memory again at the end.
+    column = part % PARTS * COLUMNS + tl.arange(0, COLUMNS)
+    out_mask = known[:, None] & (column < HEAD_DIM)[None, :]
+    lse = tl.load(lse_ptr + request * NUM_ROWS + row, mask=known, other=float("-inf"))
+    exact_len = tl.load(exact_lens_ptr + request * stride_exact_len, mask=known, other=0)
+    page = (tl.load(seq_lens_ptr + request, mask=known, other=1) - 1) // RESIDUAL_BLOCK_SIZE
+    is_exact = tl.load(exact_ptr + request.to(tl.int64) * stride_exact + page, mask=known, other=1)
+    has_pages = exact_len > 0
+    is_fresh = known & (is_exact == 0)
+    exact_row = tl.load(row_exact_ptr + row, mask=known, other=0).to(tl.int64)
+    exact_at = request.to(tl.int64) * stride_exact_out_token + exact_row * stride_exact_out_row
+    exact = tl.load(
+        exact_out_ptr + exact_at[:, None] + column[None, :],
+        mask=has_pages[:, None] & out_mask,
+        other=0.0,
+    )
+    exact_lse = tl.load(
+        exact_lse_ptr
+        + request.to(tl.int64) * stride_exact_lse_token
+        + exact_row * stride_exact_lse_row,
+        mask=has_pages,
+        other=float("-inf"),
+    )
+    kv_head = tl.load(head_kv_ptr + head).to(tl.int64)
+    fresh = is_fresh[:, None] & mask
+    key_at = token * stride_key_token + kv_head * stride_key_head
+    key = tl.load(key_ptr + key_at[:, None] + element[None, :], mask=fresh, other=0.0)
+    query_at = token * stride_query_token + query_head * stride_query_head
+    query = tl.load(query_ptr + query_at[:, None] + element[None, :], mask=fresh, other=0.0)
+    value_at = token * stride_value_token + kv_head * stride_value_head
+    value = tl.load(
+        value_ptr + value_at[:, None] + column[None, :],
+        mask=is_fresh[:, None] & out_mask,
+        other=0.0,
+    )
+    out = project(
+        (mean + row * F)[:, None] + element[None, :], mask,
+        value_map_ptr + head.to(tl.int64) * (F * HEAD_DIM), column,
+        NUM_SOURCES, HEAD_DIM, ROWS, DIM_PAD, COLUMNS, STAGES,
     )  # fmt: skip
-    dtype = value_map_ptr.dtype.element_ty
-    part = tl.dot((acc / seen[:, None]).to(dtype), w, input_precision="ieee")
-    part_row = (request * NUM_ECHOED + head) * NUM_SOURCES
-    part_at = member[:, None] * HEAD_DIM + element[None, :]
-    if NUM_SOURCES > 1:
-        SIZE: tl.constexpr = ROWS * HEAD_DIM
-        tl.store(part_ptr + (part_row + source).to(tl.int64) * SIZE + part_at, part, mask=mask)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + request * NUM_ECHOED + head, 1, sem="acq_rel")
-        if arrived < NUM_SOURCES - 1:
-            return
-        tl.store(counter_ptr + request * NUM_ECHOED + head, 0)
-        part = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        for other in range(NUM_SOURCES):
-            part += tl.load(
-                part_ptr + (part_row + other).to(tl.int64) * SIZE + part_at, mask=mask, other=0.0
-            )
     if HAS_BIAS:
-        bias = tl.load(value_bias_ptr + head * HEAD_DIM + element, mask=inside, other=0.0)
-        part += bias[None, :].to(tl.float32)
-    lse = tl.where(total > 0, largest + tl.log2(seen), float("-inf"))
-    weight = tl.where(total > 0, 1.0, 0.0)
-    out, weight, lse = part * weight[:, None], weight, lse
-
-    if exact_len > 0:
-        exact_row = tl.load(row_exact_ptr + row, mask=real, other=0).to(tl.int64)
-        exact = tl.load(
-            exact_out_ptr
-            + request.to(tl.int64) * stride_exact_out_token
-            + exact_row[:, None] * stride_exact_out_row
-            + element[None, :],
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
-        exact_lse = tl.load(
-            exact_lse_ptr
-            + request.to(tl.int64) * stride_exact_lse_token
-            + exact_row * stride_exact_lse_row,
-            mask=real,
-            other=float("-inf"),
-        )
-        out, weight, lse = add_part(out, weight, lse, exact, exact_lse * LOG2_E)
-    if is_exact == 0:
-        kv_head = tl.load(head_kv_ptr + head).to(tl.int64)
-        key = tl.load(
-            key_ptr + token * stride_key_token + kv_head * stride_key_head + element,
-            mask=inside,
-            other=0.0,
-        ).to(tl.float32)
-        value = tl.load(
-            value_ptr + token * stride_value_token + kv_head * stride_value_head + element,
-            mask=inside,
-            other=0.0,
-        ).to(tl.float32)
-        query = tl.load(
-            query_ptr
-            + token * stride_query_token
-            + query_head[:, None] * stride_query_head
-            + element[None, :],
-            mask=mask,
-            other=0.0,
-        ).to(tl.float32)
-        score = tl.sum(query * key[None, :], 1) * scale_log2
-        out, weight, lse = add_part(
-            out, weight, lse, tl.zeros([ROWS, DIM_PAD], tl.float32) + value[None, :], score
-        )
+        bias_ptrs = value_bias_ptr + head * HEAD_DIM + column
+        out += tl.load(bias_ptrs, mask=column < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    weight = tl.where(lse > float("-inf"), 1.0, 0.0)
+    out = out * weight[:, None]
+    out, weight, lse = add_part(out, weight, lse, exact.to(tl.float32), exact_lse * LOG2_E)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
+    score = tl.where(is_fresh, score, float("-inf"))
+    out, weight, lse = add_part(out, weight, lse, value.to(tl.float32), score)
     out = out / tl.where(weight > 0, weight, 1.0)[:, None]
-    tl.store(out_ptrs, out.to(output_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs + column[None, :], out.to(output_ptr.dtype.element_ty), mask=out_mask)

@@ -1,7 +1,7 @@
 """Launching echoed decode attention of one layer.
 
-    attend_context    absorbed queries, then weighted features of every work item, to scratch
-    combine           items and exact parts to one output
+    attend_context    absorbed queries, weighted features of every work item, their means: scratch
+    combine           value maps and exact parts, to the output
 
 Reference: `echokv_kernels.decode.absorbed_decode` for the echoed part, `softmax.merge_attention`
 for the parts beside it.
@@ -20,7 +20,8 @@ from echokv_kernels.gpu.absorbed import absorbed_decode_kernel
 from echokv_kernels.gpu.combine import combine_kernel
 from echokv_kernels.gpu.fused import fused_decode_kernel
 from echokv_kernels.gpu.heads import EchoedHeads
-from echokv_kernels.gpu.launch import ABSORB, COMBINE, DecodeTiles
+from echokv_kernels.gpu.launch import ABSORB, COMBINE, REDUCE, DecodeTiles, overlap
+from echokv_kernels.gpu.reduce import reduce_kernel
 from echokv_kernels.gpu.rotation import RotationTable
 from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 from echokv_kernels.gpu.unrotated import launch_unrotated
@@ -60,7 +61,9 @@ def _launch_absorb(
 ) -> None:
     """Fills the lines of absorbed queries; arguments as in `attend_context`."""
     maps, num_sources = heads.maps, heads.features.num_heads
-    members, sources = ABSORB.parts(heads.group, num_sources, shape.rotation_block, heads.dim_pad)
+    lines, members, sources = ABSORB.tile(
+        heads.group, num_sources, shape.rotation_block, heads.dim_pad
+    )
     num_parts = heads.num_echoed * heads.group // members * (num_sources // sources)
     num_programs = -(-ABSORB.programs_per_program * scratch.num_programs // num_parts)
     absorb_kernel[(num_parts, num_programs)](
@@ -68,11 +71,12 @@ def _launch_absorb(
         batch.query_start_loc, batch.plan.line_end, rotation.coarse, rotation.fine,
         scratch.absorbed, scratch.offset, batch.num_reqs, scratch.max_lines, query.stride(0),
         query.stride(1),
-        LINES=ABSORB.lines,
+        LINES=lines,
         REQUESTS=ABSORB.requests,
         MEMBERS=members,
         SOURCES=sources,
         num_warps=ABSORB.num_warps,
+        **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )  # fmt: skip
 
@@ -128,6 +132,7 @@ def _launch_absorbed(
         DIM_PAD=dim_pad,
         GROUP_PAD=heads.group_pad,
         num_warps=tiles.num_warps,
+        **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )
     grid = (scratch.num_programs,)
@@ -206,6 +211,27 @@ def attend_context(
     """
     launch = launch_unrotated if shape.rotation_block == 1 else _launch_absorbed
     launch(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
+    _launch_reduce(heads, batch, scratch)
+
+
+def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
+    """Fills `scratch.mean` and `lse` from the items."""
+    maps, num_heads = heads.maps, heads.num_rows // heads.group
+    items, columns = REDUCE.tile(heads.group_pad, maps.head_dim)
+    features = heads.num_echoed * maps.width + (num_heads - heads.num_echoed) * maps.head_dim
+    per_request = max(1, min(features // columns, REDUCE.programs // batch.num_reqs))
+    reduce_kernel[(batch.num_reqs, per_request)](
+        heads.row_source, batch.plan.items,
+        scratch.sums, scratch.maximum, scratch.total, scratch.mean, scratch.lse,
+        NUM_ROWS=heads.num_rows,
+        ROW_PAD=heads.row_pad,
+        GROUP_PAD=heads.group_pad,
+        COLUMNS=columns,
+        ITEMS=items,
+        num_warps=1,
+        **overlap(maps.key.device),
+        **heads.counts,
+    )  # fmt: skip
 
 
 def combine(
@@ -238,30 +264,31 @@ def combine(
         scratch: what `attend_context` left there.
         scale: factor of the scores.
     """
-    features, maps = heads.features, heads.maps
-    plan, num_reqs = batch.plan, batch.num_reqs
+    maps, plan = heads.maps, batch.plan
+    rows, columns = COMBINE.rows(heads.group_pad), min(heads.dim_pad, COMBINE.columns)
     num_retained = heads.num_rows // heads.group - heads.num_echoed
-    combine_kernel[(num_reqs, heads.num_echoed + num_retained, features.num_heads)](
+    grid = (
+        triton.cdiv(batch.num_reqs, rows // heads.group_pad),
+        heads.num_echoed * (heads.dim_pad // columns) + num_retained,
+    )
+    combine_kernel[grid](
         output, query, key, value, exact_out, exact_lse, batch.exact_lens, plan.exact,
         maps.value, maps.value_bias if maps.value_bias is not None else maps.value,
-        heads.row_query, heads.row_source, heads.row_exact, heads.head_kv,
-        batch.query_start_loc, batch.seq_lens, plan.token_end, plan.share_len,
-        scratch.sums, scratch.maximum, scratch.total, scratch.part, scratch.counter,
+        heads.row_query, heads.row_exact, heads.head_kv,
+        batch.query_start_loc, batch.seq_lens, plan.items,
+        scratch.mean, scratch.lse, batch.num_reqs,
         output.stride(0), output.stride(1), query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         exact_out.stride(0), exact_out.stride(1), exact_lse.stride(0), exact_lse.stride(1),
         batch.exact_lens.stride(0), plan.exact.stride(0), scale * _LOG2_E,
         HAS_BIAS=maps.value_bias is not None,
         RESIDUAL_BLOCK_SIZE=plan.residual_block_size,
-        ROWS=COMBINE.rows(heads.group),
-        GROUP_PAD=heads.group_pad,
-        ITEMS=max(COMBINE.items, 16 // heads.group_pad),
-        # Three products of leading and trailing halves are as exact as 16-bit outputs need.
-        PRECISION="ieee" if output.dtype == torch.float32 else "tf32x3",
         NUM_ROWS=heads.num_rows,
-        ROW_PAD=heads.row_pad,
+        GROUP_PAD=heads.group_pad,
+        ROWS=rows,
         DIM_PAD=heads.dim_pad,
+        COLUMNS=columns,
+        STAGES=COMBINE.num_stages,
         num_warps=COMBINE.num_warps,
-        num_stages=COMBINE.num_stages,
         **heads.counts,
     )  # fmt: skip

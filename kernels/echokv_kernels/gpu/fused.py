@@ -207,13 +207,18 @@ def fused_decode_kernel(
     HALF_PAD: tl.constexpr,
     STAGES: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Persistent programs; see the module's docstring."""
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if position >= share_end:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     own_line = max_lines + program * NUM_BLOCKS
     JOINT: tl.constexpr = NUM_ROWS <= ECHO_PAD
@@ -255,6 +260,8 @@ def fused_decode_kernel(
         # Whole where all its absorbed queries are made ahead: every chunk starts a pipeline anew.
         last_line = request_line + line_of(item_stop - 1, ROTATION_BLOCK)
         step = tl.where(last_line < max_lines, 1 << 30, CHUNK)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         for chunk in range(item_start // step, tl.cdiv(item_stop, step)):
             start = tl.maximum(item_start, chunk * step)
             stop = tl.minimum(item_stop, (chunk + 1) * step)

@@ -34,6 +34,7 @@ class DecodeTiles:
         shared_bytes: shared memory that pipelines may take.
         min_share_len: tokens of a program, at least; shorter shares cost more to combine than they
             save.
+        request_cost: tokens that a program reads in the time it needs to begin with a request.
     """
 
     chunk_len: int = 1024
@@ -52,6 +53,7 @@ class DecodeTiles:
     max_sums: int = 32 * 512
     shared_bytes: int = 200 * 1024
     min_share_len: int = 128
+    request_cost: int = 64
 
     def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
         """Whether one loop takes keys and values; `width` features padded, `itemsize` bytes."""
@@ -90,31 +92,38 @@ class AbsorbTiles:
 
     Attributes:
         lines: rotation blocks taken at once.
+        long_lines: the same where rotation blocks are long, and so few that they must be spread.
+        long_from: tokens of a long rotation block, at least.
         members: query heads of one KV head that a program takes, at most.
-        max_sources: source heads that a program takes, at most.
+        sources: source heads that a program takes, at most.
+        long_sources: the same for long rotation blocks.
         requests: requests compared at once when looking for a block's request.
         programs_per_program: its programs for each program of the decode kernel.
         num_warps: warps per program.
     """
 
     lines: int = 64
+    long_lines: int = 32
+    long_from: int = 128
     members: int = 4
-    max_sources: int = 4
+    sources: int = 4
+    long_sources: int = 2
     requests: int = 32
     programs_per_program: int = 4
     num_warps: int = 4
 
-    def parts(
+    def tile(
         self, group: int, num_sources: int, rotation_block: int, dim_pad: int
-    ) -> tuple[int, int]:
-        """Query heads and source heads of a program, divisors of a group and of the sources.
+    ) -> tuple[int, int, int]:
+        """Lines, query heads and source heads of a program; divisors of a group and of the sources.
 
-        Few rotation blocks make few programs, so those of long blocks take one source each. Shared
-        memory holds so many queries of up to 128 elements, fewer of longer ones.
+        Shared memory holds the queries of so many heads of up to 128 elements, fewer of longer
+        ones.
         """
-        members = max(1, self.members * 128 // max(128, dim_pad))
-        sources = self.max_sources if 0 < rotation_block < 128 else 1
-        return _divisor(group, members), _divisor(num_sources, sources)
+        members = _divisor(group, max(1, self.members * 128 // max(128, dim_pad)))
+        if 0 < rotation_block < self.long_from:
+            return self.lines, members, _divisor(num_sources, self.sources)
+        return self.long_lines, members, _divisor(num_sources, self.long_sources)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -122,23 +131,43 @@ def _divisor(number: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class CombineTiles:
-    """Combining work items.
+class ReduceTiles:
+    """Work items to one mean per row, by single warps: nothing but registers, many at a time.
 
     Attributes:
-        items: work items read at once.
-        num_warps: warps per program.
-        num_stages: depth of the pipeline that loads items.
+        elements: sums read at once.
+        columns: features of a part, at most.
+        programs: for all requests of a step; more than the GPU holds take the time to start.
     """
 
-    items: int = 8
+    elements: int = 2048
+    columns: int = 64
+    programs: int = 2560
+
+    def tile(self, group_pad: int, head_dim: int) -> tuple[int, int]:
+        """Items and features read at once."""
+        columns = min(self.columns, head_dim & -head_dim)
+        return max(1, min(32, self.elements // (columns * group_pad))), columns
+
+
+@dataclass(frozen=True)
+class CombineTiles:
+    """Value maps and exact parts.
+
+    Attributes:
+        columns: elements of a head that a program takes, at most.
+        num_stages: depth of the pipeline that loads features and maps.
+        num_warps: warps per program.
+    """
+
+    columns: int = 32
+    num_stages: int = 4
     num_warps: int = 4
-    num_stages: int = 1
 
     @staticmethod
-    def rows(group: int) -> int:
+    def rows(group_pad: int) -> int:
         """Rows of a tile that holds one KV head's query heads; tensor cores want 16."""
-        return max(16, 1 << (group - 1).bit_length())
+        return max(16, group_pad)
 
 
 @dataclass(frozen=True)
@@ -183,8 +212,21 @@ class UnrotatedTiles:
 # two loops 168. Absorbing: limits on registers below 255 spill and double its time.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
+REDUCE = ReduceTiles()
 COMBINE = CombineTiles()
 UNROTATED = UnrotatedTiles()
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that begins while the one before it ends.
+
+    Programmatic dependent launch, Hopper and later: the kernel prepares itself, and waits before
+    it touches what the other writes. Harmless where the other kernel takes no part in it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from echokv_kernels.gpu.heads import EchoedHeads
-from echokv_kernels.gpu.launch import COMBINE, UNROTATED, DecodeTiles
+from echokv_kernels.gpu.launch import UNROTATED, DecodeTiles
 from echokv_kernels.gpu.unrotated import unrotated_sizes
 
 LINE_BYTES = 256 << 20  # 1M tokens of an 8B model at rotation block 64, 4M at 256
@@ -77,8 +77,8 @@ class DecodeScratch:
         scores: float32, [num_programs, chunk_len * row_pad].
         sums: float32, [programs + max_reqs, row_pad * F], each work item's weighted features.
         maximum, total: [programs + max_reqs, row_pad] float32, its softmax state.
-        part: float32, value projections of source heads on their way to one sum.
-        counter: [max_reqs * nd] int32, 0 between launches.
+        mean: [max_reqs, mean_size], cache dtype, each request's features over all its items.
+        lse: [max_reqs, rows] float32, log2, of the same.
         places, plain, turned: of un-rotated keys (unrotated.py), empty for other rotation blocks;
             cache dtype, places float16 if that is 16 bits.
     """
@@ -91,8 +91,8 @@ class DecodeScratch:
     sums: torch.Tensor
     maximum: torch.Tensor
     total: torch.Tensor
-    part: torch.Tensor
-    counter: torch.Tensor
+    mean: torch.Tensor
+    lse: torch.Tensor
     places: torch.Tensor
     plain: torch.Tensor
     turned: torch.Tensor
@@ -143,14 +143,8 @@ class DecodeScratch:
             sums=empty(max_items * max(g.row_pad * g.maps.width for g in groups)),
             maximum=empty(max_items * rows),
             total=empty(max_items * rows),
-            part=empty(
-                max_reqs * max(g.num_echoed * COMBINE.rows(g.group) * g.maps.width for g in groups)
-            ),
-            counter=torch.zeros(
-                max_reqs * max(group.num_echoed for group in groups),
-                dtype=torch.int32,
-                device=device,
-            ),
+            mean=empty(max_reqs * max(mean_size(group) for group in groups), dtype),
+            lse=empty(max_reqs * rows),
             places=empty(
                 num_programs * places, torch.float16 if dtype.itemsize == 2 else torch.float32
             ),
@@ -162,3 +156,9 @@ class DecodeScratch:
 def line_size(heads: EchoedHeads) -> int:
     """Elements of a line: the absorbed queries of one rotation block of one request."""
     return heads.num_echoed * heads.group * heads.maps.width
+
+
+def mean_size(heads: EchoedHeads) -> int:
+    """Elements of one request's means: echoed rows [F], then rows of retained heads [head_dim]."""
+    echo_rows = heads.num_echoed * heads.group
+    return echo_rows * heads.maps.width + (heads.num_rows - echo_rows) * heads.maps.head_dim

@@ -48,16 +48,3 @@ def find_request(
     seq_len = tl.sum(tl.where(index == request, seq_len, 0))
     token = tl.sum(tl.where(index == request, token, 0)).to(tl.int64)
     return request, before, tl.min(tl.where(behind, end, FAR)), first_line, seq_len, token
-
-
-@triton.jit
-def item_range(token_end_ptr, share_len_ptr, request):
-    """First work item of a request and the one after its last; equal where there are none."""
-    end = tl.load(token_end_ptr + request)
-    begin = tl.load(token_end_ptr + request - 1, mask=request > 0, other=0)
-    share_len = tl.load(share_len_ptr)
-    first, last = request, request
-    if end > begin:  # divisions of 64 bits take long
-        first = (begin // share_len).to(tl.int32) + request
-        last = ((end - 1) // share_len).to(tl.int32) + request + 1
-    return first, last

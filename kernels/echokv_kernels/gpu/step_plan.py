@@ -135,11 +135,12 @@ def _rows_kernel(
         tl.store(lens_ptr + row + ROWS_PER_PART, tl.where(usable, kept_len, 0))
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_shares", "align", "min_len"])
+@triton.jit(do_not_specialize=["num_reqs", "num_shares", "align", "min_len", "gap"])
 def _shares_kernel(
     token_end_ptr,  # [max_reqs] int64
     line_end_ptr,  # [max_reqs] int32
     share_len_ptr,  # [1] int64
+    items_ptr,  # [max_reqs, 2] int32
     compressed_ptr,  # [max_reqs] int32
     query_start_loc_ptr,  # [>= n + 1] int32 or int64
     seq_lens_ptr,  # [>= n] int32 or int64
@@ -147,6 +148,7 @@ def _shares_kernel(
     num_shares,
     align,
     min_len,
+    gap,
     ROTATION_BLOCK: tl.constexpr,
     REQUEST_BLOCK: tl.constexpr,
 ):
@@ -155,10 +157,17 @@ def _shares_kernel(
     query_len, seq_len = _request(query_start_loc_ptr, seq_lens_ptr, request, known)
     compressed = tl.load(compressed_ptr + request, mask=known, other=0)
     tokens = tl.where((query_len == 1) & (compressed != 0), seq_len, 0)
-    padded = ((tokens + align - 1) // align * align).to(tl.int64)
+    padded = ((tokens + align - 1) // align * align).to(tl.int64) + tl.where(tokens > 0, gap, 0)
     share_len = tl.maximum((tl.sum(padded, 0) + num_shares - 1) // num_shares, min_len)
-    tl.store(share_len_ptr, (share_len + align - 1) // align * align)
-    tl.store(token_end_ptr + request, tl.cumsum(padded, 0), mask=known)
+    share_len = (share_len + align - 1) // align * align
+    tl.store(share_len_ptr, share_len)
+    end = tl.cumsum(padded, 0)
+    tl.store(token_end_ptr + request, end, mask=known)
+    first_share, last_share = (end - padded) // share_len, (end - gap - 1) // share_len
+    num_items = tl.where(padded > 0, last_share - first_share + 1, 0).to(tl.int32)
+    first = tl.where(padded > 0, first_share, 0).to(tl.int32) + request
+    tl.store(items_ptr + 2 * request, first, mask=known)
+    tl.store(items_ptr + 2 * request + 1, first + num_items, mask=known)
     if ROTATION_BLOCK == 0:
         lines = (tokens > 0).to(tl.int32)
     elif ROTATION_BLOCK == 1:
@@ -215,6 +224,7 @@ def plan_step(
         plan.token_end,
         plan.line_end,
         plan.share_len,
+        plan.items,
         plan.compressed,
         query_start_loc,
         seq_lens,
@@ -222,6 +232,7 @@ def plan_step(
         shares.num_shares,
         shares.align,
         shares.min_len,
+        shares.gap,
         ROTATION_BLOCK=shares.rotation_block,
         # Of the plan's size, not the step's: one variant is compiled, before serving.
         REQUEST_BLOCK=max(32, triton.next_power_of_2(plan.max_reqs)),

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from echokv_kernels.gpu.launch import overlap
+
 
 @dataclass(frozen=True)
 class StoreTile:
@@ -128,7 +130,10 @@ def _store_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     token = tl.program_id(1) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     place = tl.load(head_places_ptr + head)
@@ -260,6 +265,7 @@ def store_pages(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
         TOKEN_BLOCK=token_block,
+        PDL=overlap(key.device)["PDL"],
         num_warps=tile.num_warps,
     )
 

@@ -93,7 +93,9 @@ def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch
     heads = EchoedHeads.of(source_of(retained), maps, [(2, 0), (3, 1)], [(0, 0), (1, 1)], GROUP)
     shape = DecodeShape.of(64, DECODE)
     plan = StepPlan.allocate(n, max(CONTEXTS), BLOCK, BLOCK, True, device)
-    plan_shares(plan, torch.tensor(CONTEXTS, device=device), Shares(8, shape.item_align, 64, 64))
+    plan_shares(
+        plan, torch.tensor(CONTEXTS, device=device), Shares(8, shape.item_align, 64, 64, 64)
+    )
     seq_lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
     batch = DecodeBatch(
         num_reqs=n, plan=plan, retained_table=table, seq_lens=seq_lens,

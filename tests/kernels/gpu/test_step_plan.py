@@ -11,7 +11,7 @@ from echokv_kernels.step_plan import plan_step as plan_reference
 GARBAGE = 1 << 29  # an address that no kernel survives
 POISON = 0x55
 SIZES = [(16, 16), (48, 80), (80, 48), (16, 48)]
-SHARES = {"num_shares": 7, "align": 16, "min_len": 32, "rotation_block": 64}
+SHARES = {"num_shares": 7, "align": 16, "min_len": 32, "request_cost": 0, "rotation_block": 64}
 
 
 class Batch:
@@ -101,14 +101,21 @@ class Batch:
         for request, total in enumerate(totals):
             while total % shares.align:
                 total += 1
-            end += total
+            end += total + (shares.gap if total else 0)
             plan.token_end[request] = end
             if shares.rotation_block != 1:
                 block = shares.rotation_block or 1 << 30
                 lines += -(-totals[request] // block)
             plan.line_end[request] = lines
         share_len = max(shares.min_len, -(-end // shares.num_shares))
-        plan.share_len[0] = -(-share_len // shares.align) * shares.align
+        share_len = -(-share_len // shares.align) * shares.align
+        plan.share_len[0] = share_len
+        for request, total in enumerate(totals):
+            begin = int(plan.token_end[request - 1]) if request else 0
+            taken = {(begin + token) // share_len for token in range(total)}
+            first = min(taken, default=0) + request
+            plan.items[request, 0], plan.items[request, 1] = first, first + len(taken)
+            assert bool(taken) == (total > 0)
 
 
 def assert_same_plans(plan, other):
@@ -240,6 +247,18 @@ def test_shares_are_equal_whatever_the_lengths(device, length):
         assert -(-end // share_len) <= num_shares and share_len < end / num_shares + 16
 
 
+def test_beginning_with_a_request_counts(device):
+    """Gaps lie behind requests; a share that holds nothing else is no item."""
+    batch = Batch([1, 1, 1], [64, 96, 33], (16, 16), device, lost=0.0)
+    for request in range(3):
+        batch.lose(request, 0)
+    plan = check(batch, num_shares=6, align=16, min_len=16, request_cost=40)
+    # Gaps of 48: 112 + 144 + 96 places over 6 shares are 58.7, rounded up to 64.
+    assert plan.share_len.tolist() == [64] and plan.token_end[:3].tolist() == [112, 256, 352]
+    assert plan.items[:3].tolist() == [[0, 1], [2, 5], [6, 7]]
+    check(batch, num_shares=50, align=16, min_len=16, request_cost=1)
+
+
 def test_plans_of_unpadded_steps_fit_exactly(device):
     batch = Batch([1, 2], [96, 96], (16, 48), device)
     plan = StepPlan.allocate(2, 96, 16, 48, False, device)
@@ -266,7 +285,8 @@ def test_bad_arguments_are_named(device):
                 function(plan, *args, Shares(**SHARES))
 
     refuse("num_reqs is 3", owner, retained, residual, starts, lens, 3)
-    for name, value in (("num_shares", 0), ("align", 0), ("min_len", 0), ("rotation_block", -1)):
+    bad = {"num_shares": 0, "align": 0, "min_len": 0, "request_cost": -1, "rotation_block": -1}
+    for name, value in bad.items():
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             Shares(**SHARES | {name: value})
     refuse("owner has dtype", owner.int(), retained, residual, starts, lens, n)
