@@ -14,6 +14,7 @@ from head_copy import copy_checkpoint
 from hybrid_values import tune_values
 from low_rank import LowRankCache
 from moments import Moments, collect
+from one_sided import OneSided
 from pruned_keys import HybridCache, PromptPrunedKeys, PrunedKeys
 from rows import Row
 
@@ -125,6 +126,7 @@ class Bench:
         kv_cache_dtype: str = "auto",
         residual_bits: int = 0,
         exact_window: bool = False,
+        part: str | None = None,
     ) -> tuple[Cache, dict[str, float]]:
         rebuilder: Cache = HeadRebuilder(
             checkpoint, self.rotary, self.device, kv_cache_dtype, residual_bits
@@ -133,6 +135,9 @@ class Bench:
             plan = checkpoint.plan
             rebuilder = ExactWindow(rebuilder, plan.num_layers, plan.num_kv_heads)
         shares = {kv_cache_dtype: checkpoint.plan.ratio}
+        if part is not None:
+            rebuilder = OneSided(rebuilder, part)
+            shares = {kv_cache_dtype: (1 + checkpoint.plan.ratio) / 2}
         if residual_bits:
             shares[f"int{residual_bits}"] = 1 - checkpoint.plan.ratio
         return rebuilder, shares

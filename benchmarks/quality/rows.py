@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from one_sided import KEYS, VALUES
+
 from echokv_vllm.plan import EchoPlan, LayerPlan, Source
 
 STAGE_II = "kl"
@@ -96,7 +98,15 @@ def _blocks(steps: int) -> Iterator[Row]:
 
 def _presets(steps: int) -> Iterator[Row]:
     for plan in ("paper-0.7", "paper-0.5", "paper-0.3"):
-        yield from _paper(f"{plan}, un-rotated", plan, steps)
+        yield from (rows := list(_paper(f"{plan}, un-rotated", plan, steps)))
+        for row in (rows[0], rows[-1]):
+            for part in (KEYS, VALUES):
+                yield replace(
+                    row,
+                    table="Keys or values alone echoed",
+                    name=f"{row.name}, {part} alone",
+                    arguments={"part": part},
+                )
     for plan in ("local-0.375", "local-0.25"):
         for count, stage in _both(steps):
             yield Row(

@@ -338,3 +338,22 @@ def test_tuned_values_have_the_least_output_error(bench):
             maps = dataclasses.replace(tuned.maps[1], value=tuned.maps[1].value + sign * step)
             other = dataclasses.replace(tuned, maps={**tuned.maps, 1: maps})
             assert output_error(bench, keys, other, 1, head, window) > errors[1]
+
+
+def test_one_side_is_rebuilt_and_the_other_exact(bench, make):
+    from one_sided import KEYS, VALUES, OneSided
+
+    both = make["copy"](0.5)
+    keys, values = OneSided(both, KEYS), OneSided(both, VALUES)
+    generator = torch.Generator().manual_seed(5)
+    shape = 2, 3, HEADS, 5, DIM
+    heads = [torch.randn(shape, generator=generator).unbind(0) for _ in range(LAYERS)]
+    lost = list(both.rebuilt_heads(1))
+    arguments = (1, heads.__getitem__, torch.arange(5), torch.zeros(3, dtype=torch.int64), heads[1])
+    whole, of_keys, of_values = (c.rebuild(*arguments) for c in (both, keys, values))
+    torch.testing.assert_close(of_keys[0], whole[0])
+    torch.testing.assert_close(of_values[1], whole[1])
+    torch.testing.assert_close(of_keys[1], heads[1][1][:, lost])
+    torch.testing.assert_close(of_values[0], heads[1][0][:, lost])
+    assert bench.error(keys) > 0 and bench.error(values) > 0
+    assert keys.source_layers == both.source_layers

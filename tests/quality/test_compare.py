@@ -56,7 +56,7 @@ def test_rows_are_trained_measured_and_written(run):
     )
     out, report = run(only)
     rows = {row["name"]: row for row in report["rows"]}
-    assert not report["missing"] and len(rows) == 1 + 3 + 2 + 2 + 2 + 4 + 1 + 1
+    assert not report["missing"] and len(rows) == 3 + 3 + 2 + 2 + 2 + 4 + 1 + 1
     for name, row in rows.items():
         assert 0 < row["kl"]["low"] <= row["kl"]["value"] <= row["kl"]["high"], name
         assert row["perplexity_full"] == rows["eviction 0.25"]["perplexity_full"]
@@ -70,6 +70,9 @@ def test_rows_are_trained_measured_and_written(run):
     half = rows["paper-0.5, un-rotated, closed form"]
     assert (half["ratio"], half["bytes_per_token"]) == (0.5, full / 2)
     assert half["full_bytes_per_token"] == full and half["maps"] == "I, closed form"
+    for part in ("keys", "values"):  # the other part is exact
+        alone = rows[f"paper-0.5, un-rotated, closed form, {part} alone"]
+        assert alone["ratio"] == 0.75 and alone["kl"]["value"] < half["kl"]["value"]
     int4 = rows["full cache, int4"]
     assert int4["ratio"] == bytes_per_number("int4", 32) / 2 and int4["ratio_d128"] == 68 / 256
     assert rows["ThinK keys 0.75, channels by each prompt"]["ratio"] == 0.75
@@ -87,8 +90,9 @@ def test_rows_are_trained_measured_and_written(run):
     earlier = str(out / "quality.json")
     _, more = run("paper-0.5, un-rotated, closed form;nearest head 0.5", "--extend", earlier)
     assert [row["name"] for row in more["rows"]] == [
-        "paper-0.5, un-rotated, closed form", "nearest head 0.5, scaled", "nearest head 0.5",
-        "eviction 0.25", "eviction 0.25, shared budgets",
+        "paper-0.5, un-rotated, closed form", "paper-0.5, un-rotated, closed form, keys alone",
+        "paper-0.5, un-rotated, closed form, values alone", "nearest head 0.5, scaled",
+        "nearest head 0.5", "eviction 0.25", "eviction 0.25, shared budgets",
     ]  # fmt: skip
     assert more["rows"][0] == again["rows"][0] and len(more["extends"]) == 1
     with pytest.raises(ValueError, match="position offsets up to 500, this run has 400"):
