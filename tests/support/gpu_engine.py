@@ -32,6 +32,8 @@ def start(job: dict[str, Any]) -> Any:
     options = dict(
         dtype="bfloat16", max_model_len=1024, max_num_batched_tokens=512, max_num_seqs=16,
         kv_cache_memory_bytes=1 << 30, disable_log_stats=True, seed=0,
+        # The cache's size stands above; other processes may have memory of the GPU.
+        gpu_memory_utilization=0.3,
     )  # fmt: skip
     options |= job["options"]
     if job["checkpoint"] is None:
