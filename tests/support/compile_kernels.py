@@ -62,7 +62,7 @@ def compile_instead_of_launching(
 
 def launch(case: dict[str, Any]) -> None:
     """One step of echoed decode over an empty cache of the case's shape."""
-    from echokv_kernels.gpu.decode import DecodeBatch, echoed_decode
+    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
     from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
     from echokv_kernels.gpu.rotation import RotationTable
@@ -117,9 +117,10 @@ def launch(case: dict[str, Any]) -> None:
     exact_out = torch.zeros(1, len(discarded) * group, head_dim, dtype=torch.bfloat16)
     inverse = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     rotation = RotationTable.build(Rotary(inverse.float(), head_dim), CONTEXT_LEN)
-    echoed_decode(
+    attend_context(query, echoed, batch, scratch, shape, DECODE, rotation, head_dim**-0.5)
+    combine(
         torch.zeros_like(query), query, key, key, exact_out, exact_out[..., 0].float(), echoed,
-        batch, scratch, shape, DECODE, rotation, head_dim**-0.5,
+        batch, scratch, head_dim**-0.5,
     )  # fmt: skip
 
 

@@ -163,26 +163,6 @@ def _launch_absorbed(
     )  # fmt: skip
 
 
-def echoed_decode(
-    output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    exact_out: torch.Tensor,
-    exact_lse: torch.Tensor,
-    heads: EchoedHeads,
-    batch: DecodeBatch,
-    scratch: DecodeScratch,
-    shape: DecodeShape,
-    tiles: DecodeTiles,
-    rotation: RotationTable,
-    scale: float,
-) -> None:
-    """`attend_context`, then `combine`; arguments as there."""
-    attend_context(query, heads, batch, scratch, shape, tiles, rotation, scale)
-    combine(output, query, key, value, exact_out, exact_lse, heads, batch, scratch, scale)
-
-
 def attend_context(
     query: torch.Tensor,
     heads: EchoedHeads,

@@ -85,9 +85,9 @@ class Scene:
         plan_shares(plan, tokens, Shares(self.num_programs, align, 64, 40, self.rotation_block))
         return plan
 
-    def run(self):
-        """The kernels' output; poison where they write nothing."""
-        from echokv_kernels.gpu.decode import DecodeBatch, echoed_decode
+    def prepare(self):
+        """Two launches, context and combine, and the output: poison where they write nothing."""
+        from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
         from echokv_kernels.gpu.heads import EchoedHeads
         from echokv_kernels.gpu.launch import DecodeTiles
         from echokv_kernels.gpu.rotation import RotationTable
@@ -140,12 +140,28 @@ class Scene:
             seq_lens=batch.seq_lens.to(device),
             exact_lens=self.exact_lens.to(device),
         )
-        echoed_decode(
-            output, self.query.to(device), self.key.to(device), self.value.to(device),
-            self.exact_out.to(device), self.exact_lse.to(device), heads, decode_batch, scratch,
-            shape, tiles, RotationTable.build(self.rotary.to(device), batch.max_len), batch.scale,
-        )  # fmt: skip
-        return output.cpu(), [head for head, _ in own]
+        query, key, value, exact_out, exact_lse = (
+            x.to(device) for x in (self.query, self.key, self.value, self.exact_out, self.exact_lse)
+        )
+        rotation = RotationTable.build(self.rotary.to(device), batch.max_len)
+
+        def context():
+            attend_context(query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale)
+
+        def finish():
+            combine(
+                output, query, key, value, exact_out, exact_lse, heads, decode_batch, scratch,
+                batch.scale,
+            )  # fmt: skip
+
+        return context, finish, output, [head for head, _ in own]
+
+    def run(self):
+        """The kernels' output and the retained heads with a source head."""
+        context, finish, output, own = self.prepare()
+        context()
+        finish()
+        return output.cpu(), own
 
     def rows(self, heads):
         return (torch.tensor(heads)[:, None] * self.group + torch.arange(self.group)).flatten()
@@ -263,6 +279,32 @@ def test_blocks_unrelated_to_pages_and_chunks(kit, device, rotation_block):
 def test_odd_lengths(kit, device, length):
     for dtype in DTYPES[device.type]:
         Scene(kit, device, context_lens=(length, length - 1), full=(), dtype=dtype).check()
+
+
+@pytest.mark.gpu
+def test_captured_beside_other_work(kit, device):
+    """On a stream of its own in a graph, as a layer runs it, layer after layer."""
+    if device.type != "cuda":
+        pytest.skip("captures a CUDA graph")
+    scene = Scene(kit, device, 256, head_dim=128, group=4, num_programs=264, dtype=torch.bfloat16)
+    want, _ = scene.run()
+    context, finish, output, _ = scene.prepare()
+    context(), finish()  # compiles
+    branch, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    other = torch.randn(2048, 2048, device=device)
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            other = other @ other
+            branch.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(branch):
+                context()
+            other = other / other.norm()
+            torch.cuda.current_stream().wait_stream(branch)
+            finish()
+    for _ in range(5):
+        output.fill_(777.0)
+        graph.replay()
+        assert torch.equal(output.cpu(), want)
 
 
 def test_no_compressed_request_touches_nothing(kit, device):

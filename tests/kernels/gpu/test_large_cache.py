@@ -84,7 +84,7 @@ def rotation() -> object:
 
 
 def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch.Tensor:
-    from echokv_kernels.gpu.decode import DecodeBatch, echoed_decode
+    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
     from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
     from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
@@ -108,9 +108,11 @@ def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch
     )
     output = torch.full_like(query, float("nan"))
     scratch = DecodeScratch.allocate([heads], shape, n, 8, max(CONTEXTS))
-    echoed_decode(
+    scale = HEAD_DIM**-0.5
+    attend_context(query, heads, batch, scratch, shape, DECODE, rotation(), scale)
+    combine(
         output, query, key, value, query[:, : 2 * GROUP], torch.zeros(n, 2 * GROUP, device=device),
-        heads, batch, scratch, shape, DECODE, rotation(), HEAD_DIM**-0.5,
+        heads, batch, scratch, scale,
     )  # fmt: skip
     return output
 
