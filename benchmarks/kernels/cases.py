@@ -19,7 +19,7 @@ from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_kernels.rotary import Rotary
-from echokv_kernels.step_plan import Shares, StepPlan, plan_shares
+from echokv_kernels.step_plan import StepPlan, plan_shares
 from echokv_vllm.plan import EchoPlan
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 32, 8, 4, 128  # Llama-3.1-8B
@@ -194,7 +194,7 @@ class EchoedDecode:
         self.scratch = DecodeScratch.allocate(
             self.heads, self.shape, self.case.num_reqs, programs, self.case.context_len
         )
-        self._plan_shares(programs)
+        self.plan_shares(self.batch.seq_lens)
 
     def _heads(self, plan: EchoPlan, layer: int, views: list[torch.Tensor]) -> EchoedHeads:
         layers = [source.layer for source in plan.layers[layer].sources]
@@ -243,12 +243,10 @@ class EchoedDecode:
             exact_lens=torch.full((n,), self.exact_len, dtype=torch.int32, device="cuda"),
         )
 
-    def _plan_shares(self, programs: int) -> None:
-        block, align = self.case.rotation_block, self.shape.item_align
-        tokens = self.batch.seq_lens.to(torch.int64)
-        tiles = self.tiles
-        shares = Shares(programs, align, tiles.min_share_len, tiles.request_cost, block)
-        plan_shares(self.plan, tokens, shares)
+    def plan_shares(self, tokens: torch.Tensor) -> None:
+        """Shares out the tokens [n] of the requests; 0 of those that are not compressed."""
+        shares = self.shape.shares(self.scratch.num_programs, self.tiles)
+        plan_shares(self.plan, tokens.to(torch.int64), shares)
 
     def _inputs(self) -> None:
         n, heads = self.case.num_reqs, self.heads[0]

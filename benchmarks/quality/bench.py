@@ -126,7 +126,6 @@ class Bench:
         kv_cache_dtype: str = "auto",
         residual_bits: int = 0,
         exact_window: bool = False,
-        part: str | None = None,
     ) -> tuple[Cache, dict[str, float]]:
         rebuilder: Cache = HeadRebuilder(
             checkpoint, self.rotary, self.device, kv_cache_dtype, residual_bits
@@ -135,12 +134,13 @@ class Bench:
             plan = checkpoint.plan
             rebuilder = ExactWindow(rebuilder, plan.num_layers, plan.num_kv_heads)
         shares = {kv_cache_dtype: checkpoint.plan.ratio}
-        if part is not None:
-            rebuilder = OneSided(rebuilder, part)
-            shares = {kv_cache_dtype: (1 + checkpoint.plan.ratio) / 2}
         if residual_bits:
             shares[f"int{residual_bits}"] = 1 - checkpoint.plan.ratio
         return rebuilder, shares
+
+    def _one_sided(self, checkpoint: EchoCheckpoint, part: str) -> tuple[Cache, dict[str, float]]:
+        rebuilder = OneSided(checkpoint, self.rotary, self.device, part)
+        return rebuilder, {"auto": (1 + checkpoint.plan.ratio) / 2}
 
     def _quantised(
         self, _: None, kv_cache_dtype: str, exact_window: bool = False

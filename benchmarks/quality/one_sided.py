@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from echokv_vllm.eval.rebuild import KeyValue, LayerHeads, Rebuilder
+from echokv_kernels.rotary import Rotary
+from echokv_vllm.checkpoint import EchoCheckpoint
+from echokv_vllm.eval.rebuild import HeadRebuilder, KeyValue, LayerHeads
 
 KEYS, VALUES = "keys", "values"
 
 
-class OneSided:
-    """A `Rebuilder` that takes one part from a checkpoint's maps and the other from the model.
+class OneSided(HeadRebuilder):
+    """Takes one part from a checkpoint's maps and the other from the model.
 
     Args:
-        rebuilder: Rebuilds both.
+        checkpoint: The maps and the plan.
+        rotary: Rotary embedding of the model.
+        device: Where the model runs.
         part: `keys` or `values`: what is echoed.
     """
 
-    def __init__(self, rebuilder: Rebuilder, part: str) -> None:
+    def __init__(
+        self, checkpoint: EchoCheckpoint, rotary: Rotary, device: torch.device | str, part: str
+    ) -> None:
         assert part in (KEYS, VALUES), part
-        self._rebuilder = rebuilder
+        super().__init__(checkpoint, rotary, device)
         self._part = part
-
-    @property
-    def source_layers(self) -> frozenset[int]:
-        """See `Rebuilder`."""
-        return self._rebuilder.source_layers
-
-    def rebuilt_heads(self, layer: int) -> Sequence[int]:
-        """See `Rebuilder`."""
-        return self._rebuilder.rebuilt_heads(layer)
-
-    def cached(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Rebuilder`."""
-        return self._rebuilder.cached(x)
 
     def rebuild(
         self,
@@ -46,8 +37,8 @@ class OneSided:
         written: KeyValue,
     ) -> KeyValue:
         """See `Rebuilder`."""
-        key, value = self._rebuilder.rebuild(layer, heads, positions, offsets, written)
+        key, value = super().rebuild(layer, heads, positions, offsets, written)
         lost = list(self.rebuilt_heads(layer))
         if self._part == KEYS:
-            return key, self.cached(written[1][:, lost]).float()
-        return self.cached(written[0][:, lost]).float(), value
+            return key, written[1][:, lost].float()
+        return written[0][:, lost].float(), value

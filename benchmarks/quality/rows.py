@@ -42,9 +42,10 @@ class Row:
     Attributes:
         table: Heading it is listed under.
         name: What the row is called.
-        method: `echo`, `quantised`, `low-rank`, `eviction`, `copy`, `think` or `hybrid`.
+        method: `echo`, `one-sided`, `quantised`, `low-rank`, `eviction`, `copy`, `think` or
+            `hybrid`.
         arguments: Of the method.
-        maps: Checkpoint of an `echo` or `hybrid` row.
+        maps: Checkpoint of an `echo`, `one-sided` or `hybrid` row.
         tasks: Whether the tasks are measured too.
     """
 
@@ -105,6 +106,7 @@ def _presets(steps: int) -> Iterator[Row]:
                     row,
                     table="Keys or values alone echoed",
                     name=f"{row.name}, {part} alone",
+                    method="one-sided",
                     arguments={"part": part},
                 )
     for plan in ("local-0.375", "local-0.25"):

@@ -340,11 +340,13 @@ def test_tuned_values_have_the_least_output_error(bench):
             assert output_error(bench, keys, other, 1, head, window) > errors[1]
 
 
-def test_one_side_is_rebuilt_and_the_other_exact(bench, make):
+def test_one_side_is_rebuilt_and_the_other_exact(bench):
+    from head_copy import copy_checkpoint
     from one_sided import KEYS, VALUES, OneSided
 
-    both = make["copy"](0.5)
-    keys, values = OneSided(both, KEYS), OneSided(both, VALUES)
+    checkpoint = copy_checkpoint(bench.moments, bench.fingerprint, HEADS // 2)
+    both = HeadRebuilder(checkpoint, bench.rotary, "cpu")
+    keys, values = (OneSided(checkpoint, bench.rotary, "cpu", part) for part in (KEYS, VALUES))
     generator = torch.Generator().manual_seed(5)
     shape = 2, 3, HEADS, 5, DIM
     heads = [torch.randn(shape, generator=generator).unbind(0) for _ in range(LAYERS)]

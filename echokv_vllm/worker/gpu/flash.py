@@ -61,7 +61,7 @@ class FlashDecodeSchedule:
         self.query_start_loc = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         # The size is FlashAttention's: a semaphore and four numbers per row, rows in fours.
         self._buffer = torch.zeros(1 + -(-max_rows // 4) * 16, dtype=torch.int32, device=device)
-        self._size = self._used = 0
+        self._size = 0
         self.num_rows = 0
         self.num_splits = 0
         self.max_len = 0
@@ -93,12 +93,11 @@ class FlashDecodeSchedule:
             causal=True,
             num_splits=num_splits,
         )
-        self._size = metadata.shape[0]
+        previous, self._size = self._size, metadata.shape[0]
         self._buffer[: self._size].copy_(metadata)
-        if self._size < self._used:
+        if self._size < previous:
             # Stale entries behind it would send thread blocks to rows that do not exist.
-            self._buffer[self._size : self._used].zero_()
-        self._used = self._size
+            self._buffer[self._size : previous].zero_()
 
     def attend(
         self,

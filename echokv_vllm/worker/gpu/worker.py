@@ -11,7 +11,6 @@ from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.layout import BlockSizes
 from echokv_kernels.rotary import Rotary
-from echokv_kernels.step_plan import Shares
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.worker.gpu.attention import GpuAttention
 from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule, flash_version
@@ -108,13 +107,7 @@ class GpuWorker:
         self.steps.configure(
             schedules,
             paired=paired,
-            shares=Shares(
-                num_shares=self.memory.scratch.num_programs,
-                align=self.memory.shape.item_align,
-                min_len=DECODE.min_share_len,
-                request_cost=DECODE.request_cost,
-                rotation_block=self.rotation_block,
-            ),
+            shares=self.memory.shape.shares(self.memory.scratch.num_programs, DECODE),
             num_tiles=self.memory.num_tiles,
         )
 

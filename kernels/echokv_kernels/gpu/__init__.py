@@ -23,5 +23,6 @@ rotation      cosines and sines of any position from two small tables; pairs of 
 features      where the source heads of a layer lie, as one pointer and a list of offsets
 tiles         loading tiles of paged features
 projection    features times maps on tensor cores; plain un-rotates features first
-launch        tile sizes and warps, with the command that chose them; overlapping launches
+launch        tile sizes and warps, with the command that chose them
+overlap       kernels that begin while the one before them ends
 """

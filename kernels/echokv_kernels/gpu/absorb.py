@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.rotation import cos_sin, element_pairs, pair_elements
 
 
@@ -236,11 +237,9 @@ def absorb_kernel(
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     num_lines = tl.minimum(tl.load(line_end_ptr + num_requests - 1), max_lines)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(PDL)
     if tl.program_id(1) * LINES >= num_lines:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         return
     SOURCE_PARTS: tl.constexpr = NUM_SOURCES // SOURCES
     first_row = tl.program_id(0) // SOURCE_PARTS * MEMBERS
@@ -261,8 +260,7 @@ def absorb_kernel(
         mask = real[:, None] & known[None, :]
         if ROTATION_BLOCK != 0:
             cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         turned = ()
         for member in tl.static_range(MEMBERS):
             row = first_row + member

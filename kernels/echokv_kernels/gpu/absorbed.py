@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.absorb import ready_line
+from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
 
@@ -248,11 +249,9 @@ def absorbed_decode_kernel(
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(PDL)
     if position >= share_end:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         return
     own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
@@ -273,8 +272,7 @@ def absorbed_decode_kernel(
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         for chunk in range(item_start // CHUNK, tl.cdiv(item_stop, CHUNK)):
             start = tl.maximum(item_start, chunk * CHUNK)
             stop = tl.minimum(item_stop, (chunk + 1) * CHUNK)

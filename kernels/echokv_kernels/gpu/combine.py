@@ -14,8 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.reduce import mean_size
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -37,7 +35,7 @@ def add_part(
 
 
 @triton.jit
-def project(
+def project_means(
     mean_ptrs,  # [ROWS, DIM_PAD] pointers to the first source head's features
     mask,  # [ROWS, DIM_PAD] bool
     value_map_ptr,  # [F, HEAD_DIM] of one echoed head
@@ -79,7 +77,7 @@ def combine_kernel(
     query_start_loc_ptr,  # [n + 1] int32
     seq_lens_ptr,  # [n] int32
     items_ptr,  # [n, 2] int32
-    mean_ptr,  # [n, mean_size]
+    mean_ptr,  # [n, MEAN_SIZE]
     lse_ptr,  # [n, NUM_ROWS] float32, log2
     num_requests,
     stride_output_token,
@@ -109,6 +107,7 @@ def combine_kernel(
     DIM_PAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    MEAN_SIZE: tl.constexpr,
 ):
     """Grid: (tiles of requests, echoed heads times parts of HEAD_DIM, and the retained heads)."""
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
@@ -131,9 +130,7 @@ def combine_kernel(
     row = head * GROUP + member
     query_head = tl.load(row_query_ptr + row, mask=known, other=0).to(tl.int64)
     out_ptrs = output_ptr + (token * stride_output_token + query_head * stride_output_head)[:, None]
-    mean = mean_ptr + request.to(tl.int64) * mean_size(
-        NUM_ECHOED, NUM_ROWS, GROUP, NUM_SOURCES, HEAD_DIM
-    )
+    mean = mean_ptr + request.to(tl.int64) * MEAN_SIZE
     if head >= NUM_ECHOED:
         own = NUM_ECHOED * GROUP * F + (row - NUM_ECHOED * GROUP) * HEAD_DIM
         out = tl.load((mean + own)[:, None] + element[None, :], mask=mask, other=0.0)
@@ -174,7 +171,7 @@ def combine_kernel(
         mask=is_fresh[:, None] & out_mask,
         other=0.0,
     )
-    out = project(
+    out = project_means(
         (mean + row * F)[:, None] + element[None, :], mask,
         value_map_ptr + head.to(tl.int64) * (F * HEAD_DIM), column,
         NUM_SOURCES, HEAD_DIM, ROWS, DIM_PAD, COLUMNS, STAGES,

@@ -20,10 +20,11 @@ from echokv_kernels.gpu.absorbed import absorbed_decode_kernel
 from echokv_kernels.gpu.combine import combine_kernel
 from echokv_kernels.gpu.fused import fused_decode_kernel
 from echokv_kernels.gpu.heads import EchoedHeads
-from echokv_kernels.gpu.launch import ABSORB, COMBINE, REDUCE, DecodeTiles, overlap
+from echokv_kernels.gpu.launch import ABSORB, COMBINE, REDUCE, DecodeTiles
+from echokv_kernels.gpu.overlap import overlap
 from echokv_kernels.gpu.reduce import reduce_kernel
 from echokv_kernels.gpu.rotation import RotationTable
-from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
+from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape, mean_size
 from echokv_kernels.gpu.unrotated import launch_unrotated
 from echokv_kernels.step_plan import StepPlan
 
@@ -196,10 +197,11 @@ def attend_context(
 
 def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
     """Fills `scratch.mean` and `lse` from the items."""
-    maps, num_heads = heads.maps, heads.num_rows // heads.group
+    maps = heads.maps
     items, columns = REDUCE.tile(heads.group_pad, maps.head_dim)
-    features = heads.num_echoed * maps.width + (num_heads - heads.num_echoed) * maps.head_dim
-    per_request = max(1, min(features // columns, REDUCE.programs // batch.num_reqs))
+    size = mean_size(heads)
+    num_parts = size // (heads.group * columns)
+    per_request = max(1, min(num_parts, REDUCE.programs // batch.num_reqs))
     reduce_kernel[(batch.num_reqs, per_request)](
         heads.row_source, batch.plan.items,
         scratch.sums, scratch.maximum, scratch.total, scratch.mean, scratch.lse,
@@ -208,6 +210,7 @@ def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratc
         GROUP_PAD=heads.group_pad,
         COLUMNS=columns,
         ITEMS=items,
+        MEAN_SIZE=size,
         num_warps=1,
         **overlap(maps.key.device),
         **heads.counts,
@@ -246,10 +249,9 @@ def combine(
     """
     maps, plan = heads.maps, batch.plan
     rows, columns = COMBINE.rows(heads.group_pad), min(heads.dim_pad, COMBINE.columns)
-    num_retained = heads.num_rows // heads.group - heads.num_echoed
     grid = (
         triton.cdiv(batch.num_reqs, rows // heads.group_pad),
-        heads.num_echoed * (heads.dim_pad // columns) + num_retained,
+        heads.num_echoed * (heads.dim_pad // columns) + heads.num_retained,
     )
     combine_kernel[grid](
         output, query, key, value, exact_out, exact_lse, batch.exact_lens, plan.exact,
@@ -269,6 +271,7 @@ def combine(
         DIM_PAD=heads.dim_pad,
         COLUMNS=columns,
         STAGES=COMBINE.num_stages,
+        MEAN_SIZE=mean_size(heads),
         num_warps=COMBINE.num_warps,
         **heads.counts,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.absorb import line_of, ready_line
+from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
 
@@ -214,11 +215,9 @@ def fused_decode_kernel(
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(PDL)
     if position >= share_end:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         return
     own_line = max_lines + program * NUM_BLOCKS
     JOINT: tl.constexpr = NUM_ROWS <= ECHO_PAD
@@ -260,8 +259,7 @@ def fused_decode_kernel(
         # Whole where all its absorbed queries are made ahead: every chunk starts a pipeline anew.
         last_line = request_line + line_of(item_stop - 1, ROTATION_BLOCK)
         step = tl.where(last_line < max_lines, 1 << 30, CHUNK)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(PDL)
         for chunk in range(item_start // step, tl.cdiv(item_stop, step)):
             start = tl.maximum(item_start, chunk * step)
             stop = tl.minimum(item_stop, (chunk + 1) * step)

@@ -85,6 +85,11 @@ class EchoedHeads:
         return self.maps.num_heads
 
     @property
+    def num_retained(self) -> int:
+        """Retained heads whose rows are attended to in the same pass."""
+        return self.num_rows // self.group - self.num_echoed
+
+    @property
     def row_pad(self) -> int:
         return max(16, triton.next_power_of_2(self.num_rows))
 
@@ -96,7 +101,7 @@ class EchoedHeads:
     @property
     def own_pad(self) -> int:
         """Rows of retained heads, as tensor cores want them."""
-        return max(16, triton.next_power_of_2(self.num_rows - self.num_echoed * self.group))
+        return max(16, triton.next_power_of_2(self.num_retained * self.group))
 
     @property
     def dim_pad(self) -> int:

@@ -219,18 +219,6 @@ UNROTATED = UnrotatedTiles()
 
 
 @cache
-def overlap(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that begins while the one before it ends.
-
-    Programmatic dependent launch, Hopper and later: the kernel prepares itself, and waits before
-    it touches what the other writes. Harmless where the other kernel takes no part in it.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
-
-
-@cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; an interpreter runs a few programs, one after the other."""
     if device.type != "cuda":

@@ -11,18 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def mean_size(
-    NUM_ECHOED: tl.constexpr,
-    NUM_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NUM_SOURCES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Elements of one request's means. Host side: `scratch.mean_size`."""
-    ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
-    return (ECHO_ROWS * NUM_SOURCES + NUM_ROWS - ECHO_ROWS) * HEAD_DIM
+from echokv_kernels.gpu.overlap import wait_for_previous
 
 
 @triton.jit
@@ -75,7 +64,7 @@ def reduce_kernel(
     sum_ptr,  # [items, ROW_PAD, F] float32
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
-    mean_ptr,  # [n, mean_size], written
+    mean_ptr,  # [n, MEAN_SIZE], written
     lse_ptr,  # [n, NUM_ROWS] float32, log2, written; -inf for rows that saw nothing
     NUM_ECHOED: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -86,6 +75,7 @@ def reduce_kernel(
     GROUP_PAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITEMS: tl.constexpr,
+    MEAN_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (n, programs of a request). A part is one KV head's rows, COLUMNS of their features."""
@@ -97,11 +87,10 @@ def reduce_kernel(
     request = tl.program_id(0)
     first = tl.load(items_ptr + 2 * request)
     last = tl.load(items_ptr + 2 * request + 1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     if first == last:
         return
-    mean_ptr += request.to(tl.int64) * mean_size(NUM_ECHOED, NUM_ROWS, GROUP, NUM_SOURCES, HEAD_DIM)
+    mean_ptr += request.to(tl.int64) * MEAN_SIZE
     member = tl.arange(0, GROUP_PAD)
     real = member < GROUP
     element = tl.arange(0, COLUMNS)

@@ -9,6 +9,7 @@ import torch
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import UNROTATED, DecodeTiles
 from echokv_kernels.gpu.unrotated import unrotated_sizes
+from echokv_kernels.step_plan import Shares
 
 LINE_BYTES = 256 << 20  # 1M tokens of an 8B model at rotation block 64, 4M at 256
 
@@ -57,6 +58,16 @@ class DecodeShape:
     def item_align(self) -> int:
         """Work items start at multiples of it: tiles lie within one rotation block."""
         return UNROTATED.tile_len(self.chunk_len) if self.rotation_block == 1 else self.block_len
+
+    def shares(self, num_programs: int, tiles: DecodeTiles) -> Shares:
+        """How so many programs share the tokens of a step."""
+        return Shares(
+            num_shares=num_programs,
+            align=self.item_align,
+            min_len=tiles.min_share_len,
+            request_cost=tiles.request_cost,
+            rotation_block=self.rotation_block,
+        )
 
     def num_lines(self, max_reqs: int, max_len: int) -> int:
         """Rotation blocks of `max_reqs` requests of `max_len` tokens."""
@@ -160,5 +171,5 @@ def line_size(heads: EchoedHeads) -> int:
 
 def mean_size(heads: EchoedHeads) -> int:
     """Elements of one request's means: echoed rows [F], then rows of retained heads [head_dim]."""
-    echo_rows = heads.num_echoed * heads.group
-    return echo_rows * heads.maps.width + (heads.num_rows - echo_rows) * heads.maps.head_dim
+    maps = heads.maps
+    return heads.group * (heads.num_echoed * maps.width + heads.num_retained * maps.head_dim)

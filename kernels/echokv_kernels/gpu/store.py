@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.launch import overlap
+from echokv_kernels.gpu.overlap import let_next_begin, overlap
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def _store_kernel(
     TOKEN_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(PDL)
     head = tl.program_id(0)
     token = tl.program_id(1) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     place = tl.load(head_places_ptr + head)

@@ -289,7 +289,8 @@ def test_captured_beside_other_work(kit, device):
     scene = Scene(kit, device, 256, head_dim=128, group=4, num_programs=264, dtype=torch.bfloat16)
     want, _ = scene.run()
     context, finish, output, _ = scene.prepare()
-    context(), finish()  # compiles
+    context()  # compiles
+    finish()
     branch, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     other = torch.randn(2048, 2048, device=device)
     with torch.cuda.graph(graph):
