@@ -4,7 +4,8 @@ Reference: vLLM 0.32; 0.31 and 0.33 pass the same contract tests (tests/contract
 hook is an error that names it, raised when the backend is used: vLLM loads plugins in every
 process, also for users of other backends, and must not fail there.
 
-Each patch says symptom, cause and removal condition, and is applied once per process.
+Each patch says symptom, cause and removal condition, and is applied once per process. Those of
+vLLM's graph manager are in worker/gpu/graphs.py, which only GPU workers import.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ HOOKS = (
     "vllm.model_executor.models.utils:extract_layer_index",
 )
 
+# What it takes to capture graphs per kind of step; without them one graph serves all kinds.
+GRAPH_HOOKS = (
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model",
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+)
+
 logger = logging.getLogger("vllm.echokv")
 
 
@@ -58,9 +69,9 @@ class UnsupportedVllmError(RuntimeError):
     """This vLLM lacks something EchoKV is built on."""
 
 
-def missing_hooks() -> list[str]:
-    """The entries of :data:`HOOKS` this vLLM does not have."""
-    return [hook for hook in HOOKS if not _exists(hook)]
+def missing_hooks(hooks: tuple[str, ...] = HOOKS) -> list[str]:
+    """The entries of a list, by default :data:`HOOKS`, this vLLM does not have."""
+    return [hook for hook in hooks if not _exists(hook)]
 
 
 def _exists(hook: str) -> bool:
@@ -150,7 +161,7 @@ def is_selected(vllm_config: Any) -> bool:
     return backend is not None and backend is AttentionBackendEnum.__members__.get(BACKEND)
 
 
-def _patched(owner: type, name: str) -> bool:
+def is_patched(owner: type, name: str) -> bool:
     """Whether a method is already wrapped by us, for re-entrant registration."""
     return hasattr(getattr(owner, name), "_echokv")
 
@@ -166,7 +177,7 @@ def patch_cpu_platform() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if _patched(CpuPlatform, "get_attn_backend_cls"):
+    if is_patched(CpuPlatform, "get_attn_backend_cls"):
         return
     original = CpuPlatform.get_attn_backend_cls.__func__
 
@@ -186,15 +197,17 @@ def patch_cpu_platform() -> None:
 
 
 def patch_scheduler() -> None:
-    """Symptom: KV cache managers cannot know a request's mode. Cause: vLLM hands them
-    request ids only. Remove when managers see the request."""
+    """Symptom: KV cache managers cannot know a request's mode, and workers learn on the device
+    only which requests are compressed. Cause: vLLM hands managers request ids only, and has no
+    field for what they know of a step. Remove when managers see the request and may add to
+    the scheduler's output."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    if _patched(Scheduler, "add_request"):
+    if is_patched(Scheduler, "add_request"):
         return
-    original = Scheduler.add_request
+    add, schedule = Scheduler.add_request, Scheduler.schedule
 
-    @functools.wraps(original)
+    @functools.wraps(add)
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         from echokv_vllm.scheduler.link import find_link
 
@@ -206,10 +219,43 @@ def patch_scheduler() -> None:
             if not link.strict and (mode or link.default_mode) == "full":
                 # Shared blocks may be inexact, and a full-mode answer must not be.
                 request.skip_reading_prefix_cache = True
-        return original(self, request, *args, **kwargs)
+        return add(self, request, *args, **kwargs)
 
     add_request._echokv = True  # type: ignore[attr-defined]
     Scheduler.add_request = add_request
+
+    @functools.wraps(schedule)
+    def schedule_with_kind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from echokv_vllm import step_kind
+        from echokv_vllm.scheduler.link import find_link
+
+        output = schedule(self, *args, **kwargs)
+        link = find_link(self.kv_cache_manager.block_pool)
+        if link is not None:
+            step_kind.attach(output, link.step_kind(output.num_scheduled_tokens))
+        return output
+
+    Scheduler.schedule = schedule_with_kind
+
+
+def patch_worker() -> None:
+    """Symptom: metadata builders do not see the scheduler's output, which says what kind of step
+    it is. Cause: runners pass on what vLLM's own backends need. Remove when builders see it."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    if is_patched(WorkerWrapperBase, "execute_model"):
+        return
+    original = WorkerWrapperBase.execute_model
+
+    @functools.wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        from echokv_vllm import step_kind
+
+        with step_kind.announced(step_kind.attached(scheduler_output)):
+            return original(self, scheduler_output, *args, **kwargs)
+
+    execute_model._echokv = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.execute_model = execute_model
 
 
 def patch_input_processor() -> None:
@@ -220,7 +266,7 @@ def patch_input_processor() -> None:
 
     from echokv_vllm.config import EchoConfigError
 
-    if _patched(InputProcessor, "process_inputs"):
+    if is_patched(InputProcessor, "process_inputs"):
         return
     original = InputProcessor.process_inputs
     limits: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

@@ -57,6 +57,9 @@ class EchoConfig:
         strict_prefix_caching: True: only K/V computed from exact K/V are shared. False:
             every block is shared, and requests pinned to ``full`` do not read the
             prefix cache. None: True, except under ``mode: "compressed"``.
+        step_kinds: Steps that are wholly full or wholly compressed leave out what they do
+            not need, with CUDA graphs of their own. False: every step runs everything, with
+            a third of the graphs.
     """
 
     checkpoint: str
@@ -67,6 +70,7 @@ class EchoConfig:
     restore_below: float = 0.7
     restore_steps: int = 64
     strict_prefix_caching: bool | None = None
+    step_kinds: bool = True
 
     def __post_init__(self) -> None:
         _check_type("checkpoint", self.checkpoint, str)
@@ -97,6 +101,7 @@ class EchoConfig:
             )
         if self.strict_prefix_caching is not None:
             _check_type("strict_prefix_caching", self.strict_prefix_caching, bool)
+        _check_type("step_kinds", self.step_kinds, bool)
 
     @property
     def strict(self) -> bool:

@@ -7,7 +7,10 @@ requests' modes, through this object, kept beside the pool it belongs to.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from echokv_kernels.step_plan import StepKind
 
 if TYPE_CHECKING:
     from echokv_vllm.scheduler.residual import EchoResidualManager
@@ -61,6 +64,20 @@ class PoolLink:
         """Mode of requests that do not name one."""
         assert self.residual is not None, "echokv: the residual manager is not built yet"
         return self.residual.settings.mode
+
+    def step_kind(self, request_ids: Iterable[str]) -> StepKind:
+        """What is certain of all these requests' residual pages, once they are scheduled."""
+        assert self.residual is not None, "echokv: the residual manager is not built yet"
+        ledgers = self.residual.ledgers
+        lacking = {
+            (ledger := ledgers.get(request_id)) is None or ledger.taint is not None
+            for request_id in request_ids
+        }
+        if lacking == {False}:
+            return StepKind.FULL
+        if lacking == {True}:
+            return StepKind.COMPRESSED
+        return StepKind.MIXED
 
 
 _LINKS: weakref.WeakKeyDictionary[Any, PoolLink] = weakref.WeakKeyDictionary()

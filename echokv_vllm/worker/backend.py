@@ -76,6 +76,15 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         assert steps.step is not None, "echokv: vLLM built the residual group's metadata first"
         return EchoMetadata(steps.step)
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> EchoMetadata:
+        """vLLM's hook while it captures graphs: the requests are dummies without pages."""
+        steps = self.worker.steps
+        steps.is_dummy = True
+        try:
+            return self.build(0, common_attn_metadata)
+        finally:
+            steps.is_dummy = False
+
 
 class EchoKVBackend(AttentionBackend):
     """Capabilities of EchoKV; see ``echokv_vllm.worker.refusals`` for what is refused."""

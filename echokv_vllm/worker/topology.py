@@ -175,7 +175,9 @@ class EchoWorker:
         if compat.has_gpu_kernels(device, model_config.dtype, self.rotary.head_dim):
             from echokv_vllm.worker.gpu.worker import GpuWorker
 
-            self.gpu = GpuWorker(vllm_config, device, sizes, self.rotary, self.checkpoint)
+            self.gpu = GpuWorker(
+                vllm_config, device, sizes, self.rotary, self.checkpoint, self.config.step_kinds
+            )
             self.steps = self.gpu.steps
         elif device.type == "cuda":
             logger.warning(

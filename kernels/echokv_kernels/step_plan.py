@@ -26,6 +26,7 @@ the same number and a request's items follow each other. A share of nothing but 
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,20 @@ class Shares:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
+class StepKind(enum.IntEnum):
+    """What is known of all requests of a step before the device has looked at their pages.
+
+    Attributes:
+        MIXED: nothing.
+        FULL: none lacks a residual page. `StepPlan.broken` tells if that was wrong.
+        COMPRESSED: every decode is to be treated as compressed, also one whose pages are all exact.
+    """
+
+    MIXED = 0
+    FULL = 1
+    COMPRESSED = 2
+
+
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """Persistent device buffers; captured graphs keep their addresses.
@@ -88,6 +103,8 @@ class StepPlan:
         share_len: [1] int64, tokens per share.
         items: [max_reqs, 2] int32, each request's first work item and the one behind its last,
             equal where there are none.
+        broken: [1] int32 in host memory that the device can write, set once a step that was
+            promised to be full was not.
         paired: whether a request's two rows are neighbours; otherwise all R rows come first.
         retained_block_size: tokens per R page.
         residual_block_size: tokens per D page.
@@ -102,6 +119,7 @@ class StepPlan:
     line_end: torch.Tensor
     share_len: torch.Tensor
     items: torch.Tensor
+    broken: torch.Tensor
     paired: bool
     retained_block_size: int
     residual_block_size: int
@@ -146,6 +164,7 @@ class StepPlan:
             line_end=zeros(max_reqs),
             share_len=torch.ones(1, dtype=torch.int64, device=device),
             items=zeros(max_reqs, 2),
+            broken=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
             paired=paired,
             retained_block_size=retained_block_size,
             residual_block_size=residual_block_size,
@@ -219,6 +238,7 @@ def _plan_rows(
     residual_table: torch.Tensor,
     decode: torch.Tensor,
     seq_lens: torch.Tensor,
+    kind: StepKind,
 ) -> None:
     """Everything but the work items; decode [n] bool, seq_lens [n] int64, 0 for padding."""
     n = seq_lens.shape[0]
@@ -233,6 +253,10 @@ def _plan_rows(
     exact = exact_pages(owner, retained, residual, *sizes)
     missing = covers[1] & ~exact
     compressed = missing.any(1)
+    if kind is StepKind.FULL and bool(compressed.any()):
+        plan.broken.fill_(1)
+    if kind is StepKind.COMPRESSED:
+        compressed |= decode
     kept = covers[1] & (exact | ~decode[:, None])
     first_token = torch.arange(residual.shape[1], device=owner.device) * sizes[1]
     tokens = (seq_lens[:, None] - first_token).clamp(max=sizes[1])
@@ -261,6 +285,7 @@ def plan_step(
     seq_lens: torch.Tensor,
     num_reqs: int,
     shares: Shares,
+    kind: StepKind = StepKind.MIXED,
 ) -> None:
     """Fills the plan of one step, after `store.stamp_owners`.
 
@@ -274,6 +299,7 @@ def plan_step(
             tables and the plan.
         num_reqs: n, requests of the step including padding.
         shares: how compressed decodes are cut.
+        kind: what the caller knows of all requests.
 
     Raises:
         ValueError: too many requests for the plan, or a dtype or shape does not fit.
@@ -289,7 +315,7 @@ def plan_step(
     retained, residual = (
         table[:num_reqs, :width] for table, width in zip(tables, columns, strict=True)
     )
-    _plan_rows(plan, owner, retained, residual, decode, lens)
+    _plan_rows(plan, owner, retained, residual, decode, lens, kind)
     plan_shares(plan, torch.where(decode & plan.compressed[:num_reqs].bool(), lens, 0), shares)
 
 

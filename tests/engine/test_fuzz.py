@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import torch
 from engines import engine, generate, residual_manager, scheduler_of, tokens
 
+from echokv_kernels.step_plan import StepKind
+from echokv_vllm import compat, step_kind
 from echokv_vllm.worker.impl import EchoKVImpl
 
 MAX_LEN = 256
@@ -34,12 +37,14 @@ class Shadow:
         num_accepted: Tokens read from residual pages, per layer that read them.
         num_stale: Block table entries within the context that were rejected by their stamp.
         num_steps: Forward passes seen.
+        kinds: How many of them were announced as what.
     """
 
     def __init__(self, original: Callable[..., None]) -> None:
         self.original = original
         self.copies: dict[str, torch.Tensor] = {}
         self.num_accepted = self.num_stale = self.num_steps = 0
+        self.kinds: Counter[StepKind] = Counter()
         self._step: Any = None
         self._reads: tuple[torch.Tensor, ...] = ()
 
@@ -52,6 +57,7 @@ class Shadow:
         if step is not self._step:
             self._step, self._reads = step, self._accepted_tokens(impl.worker.steps)
             self.num_steps += 1
+            self._check_kind(impl.worker.steps)
         heads = impl.attention.discarded
         fresh = torch.cat((key[:, heads], value[:, heads]), dim=-1)
         num_slots = cache.shape[0] * impl.worker.steps.retained_block_size
@@ -64,6 +70,15 @@ class Shadow:
             f"accepted in step {self.num_steps}"
         )
         self.num_accepted += len(page)
+
+    def _check_kind(self, steps: Any) -> None:
+        """A step announced as full has every page, stamped."""
+        step, kind = steps.step, step_kind.current()
+        self.kinds[kind] += 1
+        if kind is StepKind.FULL:
+            first = torch.arange(step.residual_table.shape[1]) * steps.residual_block_size
+            known = first < (step.context_lens + step.query_start_loc.diff())[:, None]
+            assert (step.exact | ~known).all(), f"step {self.num_steps} was announced as full"
 
     def _accepted_tokens(self, steps: Any) -> tuple[torch.Tensor, ...]:
         """Page, offset and retained slot of each context token that is read from a page."""
@@ -220,6 +235,7 @@ def fuzz(
         num_gpu_blocks_override=50, enable_prefix_caching=server.caching,
     )  # fmt: skip
     jobs: list[Job] = []
+    compat.patch_worker()
     with engine(model, checkpoint, dict(server.echokv), **options) as llm:
         shadow = Shadow(EchoKVImpl.do_kv_cache_update)
         monkeypatch.setattr(
@@ -242,10 +258,11 @@ def fuzz(
         f"{len(jobs)} requests, {sum(job.aborted for job in jobs)} aborted, "
         f"{shadow.num_steps} steps, {shadow.num_accepted} accepted token reads, "
         f"{shadow.num_stale} stale entries rejected, "
-        f"{len(preemptions)} preemptions, {num_ties} ties, {counters}"
+        f"{len(preemptions)} preemptions, {num_ties} ties, {counters}, {shadow.kinds}"
     )
     # Without these events the run would prove nothing.
     assert shadow.num_accepted > 0 and shadow.num_stale > 0
+    assert set(shadow.kinds) == set(StepKind)
     assert counters.pages_dropped > 0 and counters.window_pages_dropped > 0
     assert counters.admitted_full > 0 and counters.admitted_compressed > 0
 

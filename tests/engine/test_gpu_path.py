@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-LENGTHS = (5, 150, 33, 200)
+MIXED = (5, 150, 33, 200)  # the short one gives up nothing
+LONG = (60, 150, 40, 200)
 
 
 def run(script: str, job: dict[str, object], folder: Path) -> list[list[int]]:
@@ -31,12 +32,16 @@ def run(script: str, job: dict[str, object], folder: Path) -> list[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "plan, rotation_block, num_layers, modes",
+    "plan, rotation_block, num_layers, modes, lengths, kinds",
     [
-        ("local-0.5", 64, 2, ["compressed"] * 4),
-        ("local-0.25", 64, 2, ["compressed", "full", "compressed", "auto"]),
-        pytest.param("paper-0.3", 16, 5, ["compressed"] * 4, marks=pytest.mark.nightly),
-        ("paper-0.5", 1, 2, ["compressed"] * 4),
+        ("local-0.5", 64, 2, ["compressed"] * 4, MIXED, {"MIXED"}),
+        ("local-0.5", 64, 2, ["compressed"] * 4, LONG, {"COMPRESSED"}),
+        ("local-0.25", 64, 2, ["compressed", "full", "compressed", "auto"], MIXED, {"MIXED"}),
+        pytest.param(
+            "paper-0.3", 16, 5, ["compressed"] * 4, LONG, {"COMPRESSED"}, marks=pytest.mark.nightly
+        ),
+        ("paper-0.5", 1, 2, ["compressed"] * 4, LONG, {"COMPRESSED"}),
+        ("local-0.25", 64, 2, ["full", "auto"], (33, 70), {"FULL"}),
     ],
 )
 def test_tokens_are_those_of_the_portable_path(
@@ -44,6 +49,8 @@ def test_tokens_are_those_of_the_portable_path(
     rotation_block: int,
     num_layers: int,
     modes: list[str],
+    lengths: tuple[int, ...],
+    kinds: set[str],
     model_of: Callable[..., Path],
     checkpoint_of: Callable[..., Path],
     prompt_of: Callable[[int], list[int]],
@@ -56,9 +63,11 @@ def test_tokens_are_those_of_the_portable_path(
         "checkpoint": str(checkpoint),
         "echokv": {},
         "options": {"max_model_len": 256, "max_num_batched_tokens": 96, "max_num_seqs": 4},
-        "prompts": [prompt_of(length) for length in LENGTHS],
+        "prompts": [prompt_of(length) for length in lengths],
         "modes": modes,
         "max_tokens": 3,
     }
     portable = run("generate_tokens.py", job, tmp_path)
     assert run("interpreted_engine.py", job, tmp_path) == portable
+    seen = set(json.loads((tmp_path / "interpreted_engine.py.json.kinds").read_text()))
+    assert kinds <= seen, f"only {seen} occurred: the test proves less than it says"

@@ -24,6 +24,7 @@ ROWS = [
     ({"restore_below": 0.95}, ["0.95", "admit_full_below (0.9)", "Lower restore_below"]),
     ({"restore_steps": 0}, ["restore_steps is 0", "1 or more"]),
     ({"restore_steps": "64"}, ["restore_steps is '64'", "type int"]),
+    ({"step_kinds": "no"}, ["step_kinds is 'no'", "type bool"]),
     ({"strict_prefix_caching": 1}, ["strict_prefix_caching is 1", "type bool"]),
 ]
 

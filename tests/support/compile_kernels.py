@@ -62,7 +62,7 @@ def compile_instead_of_launching(
 
 def launch(case: dict[str, Any]) -> None:
     """One step of echoed decode over an empty cache of the case's shape."""
-    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
+    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, attend_exact, combine
     from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
     from echokv_kernels.gpu.rotation import RotationTable
@@ -117,6 +117,11 @@ def launch(case: dict[str, Any]) -> None:
     exact_out = torch.zeros(1, len(discarded) * group, head_dim, dtype=torch.bfloat16)
     inverse = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     rotation = RotationTable.build(Rotary(inverse.float(), head_dim), CONTEXT_LEN)
+    rows = torch.zeros(len(discarded) * group, dtype=torch.int32)
+    residual = torch.zeros(
+        2, len(discarded), sizes.residual, 2 * head_dim, dtype=torch.bfloat16
+    )  # fmt: skip
+    attend_exact(query, rows, residual, batch, head_dim**-0.5)
     attend_context(query, echoed, batch, scratch, shape, DECODE, rotation, head_dim**-0.5)
     combine(
         torch.zeros_like(query), query, key, key, exact_out, exact_out[..., 0].float(), echoed,

@@ -23,6 +23,7 @@ def test_every_option_is_taken_over():
     section = dict(
         checkpoint="owner/name", revision="v1", mode="compressed", recent_tokens=0,
         admit_full_below=1, restore_below=0.0, restore_steps=1, strict_prefix_caching=True,
+        step_kinds=False,
     )  # fmt: skip
     assert set(section) == {field.name for field in dataclasses.fields(EchoConfig)}
     assert dataclasses.asdict(EchoConfig.parse({"echokv": section, "other": 1})) == section

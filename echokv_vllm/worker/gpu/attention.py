@@ -2,8 +2,10 @@
 
 Decodes: one call of stock attention over exact pages (R and D rows of a request side by side
 where the plan allows it), beside it the echo kernels, which end at once for requests that are not
-compressed, and at last one kernel that combines both. Prompt chunks: stock attention over R and D
-pages; for compressed requests the discarded heads go round by round through the workspace instead.
+compressed, and at last one kernel that combines both. A step known to be wholly full leaves out the
+echo kernels, one wholly compressed leaves out stock attention (`StepKind`). Prompt chunks: stock
+attention over R and D pages; for compressed requests the discarded heads go round by round through
+the workspace instead.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from echokv_kernels.gpu.decode import attend_context, combine
+from echokv_kernels.gpu.decode import attend_context, attend_exact, combine
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.gpu.merge import merge_partial, write_merged
 from echokv_kernels.gpu.rebuild import materialize
 from echokv_kernels.gpu.store import place_heads, store_pages
+from echokv_kernels.step_plan import StepKind
 from echokv_vllm.worker.gpu.flash import flash_prefill, keys_and_values
 from echokv_vllm.worker.gpu.memory import GpuMemory
 from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound, PrefillStep
@@ -181,7 +184,10 @@ class GpuAttention:
         step: GpuStep,
         output: torch.Tensor,
     ) -> None:
-        echoed = self.echoed
+        if step.kind is StepKind.COMPRESSED and self.echoed:
+            self._decode_compressed(query, key, value, kv_cache, residual_cache, step, output)
+            return
+        echoed = self.echoed if step.kind is not StepKind.FULL else []
         branch = None
         if echoed and query.is_cuda and torch.cuda.is_current_stream_capturing():
             # A graph runs what does not depend on each other side by side: the echo kernels that
@@ -201,6 +207,7 @@ class GpuAttention:
             lse = self._attend_apart(rows, kv_cache, residual_cache, step, out)
         if not self.in_order:
             output[:n].index_copy_(1, self.row_order, out)
+        exact_out = out[:, self.num_retained_rows :]
         for heads in echoed:
             assert step.decodes is not None and lse is not None
             if heads is not echoed[0] or branch is None:
@@ -208,17 +215,37 @@ class GpuAttention:
             else:
                 torch.cuda.current_stream().wait_stream(branch)
             combine(
-                output,
-                query,
-                key,
-                value,
-                out[:, self.num_retained_rows :],
-                lse,
-                heads,
-                step.decodes,
-                self.memory.scratch,
-                self.scale,
-            )
+                output, query, key, value, exact_out, lse, heads, step.decodes,
+                self.memory.scratch, self.scale,
+            )  # fmt: skip
+
+    def _decode_compressed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> None:
+        """All requests are compressed: stock attention has nothing to do that is not small."""
+        assert step.decodes is not None and residual_cache is not None
+        n, half = step.num_decodes, self.num_retained_rows
+        if half and not self.covers_retained:
+            rows = query[:n].index_select(1, self.row_order[:half])
+            out = torch.empty_like(rows)
+            self._attend_retained(rows, kv_cache, step, out)
+            output[:n].index_copy_(1, self.row_order[:half], out)
+        exact_out, exact_lse = attend_exact(
+            query, self.discarded_rows, residual_cache, step.decodes, self.scale
+        )
+        for heads in self.echoed:
+            self._attend_context(query, step, heads)
+            combine(
+                output, query, key, value, exact_out, exact_lse, heads, step.decodes,
+                self.memory.scratch, self.scale,
+            )  # fmt: skip
 
     def _attend_context(self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads) -> None:
         assert step.decodes is not None, "echokv: no decodes were planned"
@@ -251,10 +278,7 @@ class GpuAttention:
         n, half = rows.shape[0], self.num_retained_rows
         lse = None
         if self.rank_layer.retained:
-            part = self.retained_part
-            schedule = self.steps.schedules[part, len(self.rank_layer.retained)]
-            table = step.retained_table[:n]
-            schedule.attend(rows[:, :half], kv_cache, table, out[:, :half], self.scale)
+            self._attend_retained(rows[:, :half], kv_cache, step, out[:, :half])
         if residual_cache is not None:
             schedule = self.steps.schedules[DISCARDED, len(self.rank_layer.discarded)]
             table, _ = self.steps.rows(DISCARDED, n)
@@ -262,6 +286,14 @@ class GpuAttention:
                 rows[:, half:], residual_cache, table, out[:, half:], self.scale
             ).T
         return lse
+
+    def _attend_retained(
+        self, rows: torch.Tensor, kv_cache: torch.Tensor, step: GpuStep, out: torch.Tensor
+    ) -> None:
+        """Stock attention over R pages, retained heads' rows only."""
+        schedule = self.steps.schedules[self.retained_part, len(self.rank_layer.retained)]
+        table = step.retained_table[: rows.shape[0]]
+        schedule.attend(rows, kv_cache, table, out, self.scale)
 
     # Prefill ----------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ import torch
 from echokv_kernels.gpu.decode import DecodeBatch
 from echokv_kernels.gpu.stamp import stamp_owners
 from echokv_kernels.gpu.step_plan import plan_step
-from echokv_kernels.step_plan import Shares, StepPlan
-from echokv_vllm import compat
+from echokv_kernels.step_plan import Shares, StepKind, StepPlan
+from echokv_vllm import compat, step_kind
 from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule
 from echokv_vllm.worker.gpu.prefill import PrefillStep, build_prefill
 
@@ -30,6 +30,7 @@ class GpuStep:
     """One batch.
 
     Attributes:
+        kind: What the scheduler promised.
         num_tokens: Tokens of the batch, graph padding included.
         num_reqs: Requests of the batch, graph padding included.
         num_decodes: Leading requests with one query token each, and as many tokens.
@@ -43,6 +44,7 @@ class GpuStep:
         prefill: The prompt chunks behind them, if any.
     """
 
+    kind: StepKind
     num_tokens: int
     num_reqs: int
     num_decodes: int
@@ -69,6 +71,7 @@ class GpuStepBuilder:
         residual_block_size: Tokens per D page.
         vllm_config: Batch, sequence and graph bounds.
         device: Where.
+        step_kinds: Whether to believe what is announced of a whole step.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class GpuStepBuilder:
         residual_block_size: int,
         vllm_config: Any,
         device: torch.device,
+        step_kinds: bool,
     ) -> None:
+        self.step_kinds = step_kinds
         self.retained_block_size = retained_block_size
         self.residual_block_size = residual_block_size
         self.device = device
@@ -93,6 +98,7 @@ class GpuStepBuilder:
         self.shares = Shares(num_shares=1, align=1, min_len=1, request_cost=0, rotation_block=0)
         self.num_tiles = 1
         self.paired = False
+        self.is_dummy = False  # requests own no pages: graphs are captured
         self.plan: StepPlan
 
     def configure(
@@ -133,6 +139,7 @@ class GpuStepBuilder:
         assert n <= self.max_reqs, f"echokv: {n} requests in a step, room for {self.max_reqs}"
         query_start_loc, seq_lens = common.query_start_loc[: n + 1], common.seq_lens[:n]
         self.step = GpuStep(
+            kind=step_kind.current() if self.step_kinds else StepKind.MIXED,
             num_tokens=common.num_actual_tokens,
             num_reqs=n,
             num_decodes=_count_decodes(common),
@@ -152,6 +159,7 @@ class GpuStepBuilder:
         step, owner = self.step, self.owner
         assert step is not None, "echokv: vLLM built the residual group's metadata first"
         assert owner is not None, "echokv: no KV cache is bound"
+        self._check_promises()
         n, tokens = step.num_reqs, slice(0, step.num_tokens)
         step.residual_table = common.block_table_tensor[:n]
         stamp_owners(
@@ -170,6 +178,7 @@ class GpuStepBuilder:
             step.seq_lens,
             n,
             self.shares,
+            StepKind.MIXED if self.is_dummy and step.kind is StepKind.FULL else step.kind,
         )
         if step.num_decodes:
             self._schedule_decodes(step)
@@ -184,6 +193,15 @@ class GpuStepBuilder:
                 self.num_tiles,
             )
         return step
+
+    def _check_promises(self) -> None:
+        """The device looks at every page anyway; what it found comes a step or two late."""
+        if self.plan.broken.numpy()[0]:
+            raise RuntimeError(
+                "EchoKV: a step that was scheduled as full lacked residual pages, so its tokens "
+                "are wrong. This is a bug of EchoKV; please report it. Until it is fixed, start "
+                'with --additional-config \'{"echokv": {"step_kinds": false, ...}}\'.'
+            )
 
     def rows(self, part: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Block-table rows and lengths of stock attention over one group, or over both paired."""

@@ -11,6 +11,7 @@ from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.layout import BlockSizes
 from echokv_kernels.rotary import Rotary
+from echokv_vllm import compat
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.worker.gpu.attention import GpuAttention
 from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule, flash_version
@@ -29,6 +30,7 @@ class GpuWorker:
         sizes: Tokens per page of both groups.
         rotary: The model's rotary embedding, on the device.
         checkpoint: For its rotation block.
+        step_kinds: The option of this name.
     """
 
     def __init__(
@@ -38,15 +40,34 @@ class GpuWorker:
         sizes: BlockSizes,
         rotary: Rotary,
         checkpoint: EchoCheckpoint,
+        step_kinds: bool,
     ) -> None:
         version = flash_version(rotary.head_dim)
         assert version is not None, "echokv: GPU path without FlashAttention"
         self.version = version
         self.vllm_config, self.device, self.rotary = vllm_config, device, rotary
         self.rotation_block = checkpoint.rotation_block
-        self.steps = GpuStepBuilder(sizes.retained, sizes.residual, vllm_config, device)
+        self.steps = GpuStepBuilder(sizes.retained, sizes.residual, vllm_config, device, step_kinds)
+        if step_kinds:
+            self._patch_vllm()
         self.layers: list[GpuAttention] = []
         self._is_warm = False
+
+    def _patch_vllm(self) -> None:
+        missing = compat.missing_hooks(compat.GRAPH_HOOKS)
+        if missing:
+            logger.warning(
+                "EchoKV: vLLM %s lacks %s; one graph serves full and compressed steps, which are "
+                "1 to 3 %% slower for it",
+                compat.vllm_version(),
+                ", ".join(missing),
+            )
+            return
+        compat.patch_worker()
+        if self.device.type == "cuda":
+            from echokv_vllm.worker.gpu.graphs import patch_graph_manager
+
+            patch_graph_manager()
 
     def adopt(self, layers: list[Any]) -> None:
         """Makes buffers and schedules for the worker's layers, and each one's attention."""

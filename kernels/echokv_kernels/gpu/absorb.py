@@ -260,7 +260,6 @@ def absorb_kernel(
         mask = real[:, None] & known[None, :]
         if ROTATION_BLOCK != 0:
             cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
-        wait_for_previous(PDL)
         turned = ()
         for member in tl.static_range(MEMBERS):
             row = first_row + member
@@ -299,3 +298,6 @@ def absorb_kernel(
                 a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None]
                 tl.store(a_ptrs + first[None, :], a_1.to(dtype), mask=mask)
                 tl.store(a_ptrs + second[None, :], a_2.to(dtype), mask=mask)
+    # No earlier: the queries are older than the previous kernel, which stored the step's keys. But
+    # decode needs those too, and waits for this kernel only.
+    wait_for_previous(PDL)

@@ -1,5 +1,6 @@
 """Launching echoed decode attention of one layer.
 
+    attend_exact      exact residual pages, where stock attention is not called
     attend_context    absorbed queries, weighted features of every work item, their means: scratch
     combine           value maps and exact parts, to the output
 
@@ -18,9 +19,10 @@ import triton
 from echokv_kernels.gpu.absorb import absorb_kernel
 from echokv_kernels.gpu.absorbed import absorbed_decode_kernel
 from echokv_kernels.gpu.combine import combine_kernel
+from echokv_kernels.gpu.exact import exact_decode_kernel
 from echokv_kernels.gpu.fused import fused_decode_kernel
 from echokv_kernels.gpu.heads import EchoedHeads
-from echokv_kernels.gpu.launch import ABSORB, COMBINE, REDUCE, DecodeTiles
+from echokv_kernels.gpu.launch import ABSORB, COMBINE, EXACT, REDUCE, DecodeTiles
 from echokv_kernels.gpu.overlap import overlap
 from echokv_kernels.gpu.reduce import reduce_kernel
 from echokv_kernels.gpu.rotation import RotationTable
@@ -215,6 +217,49 @@ def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratc
         **overlap(maps.key.device),
         **heads.counts,
     )  # fmt: skip
+
+
+def attend_exact(
+    query: torch.Tensor,
+    row_query: torch.Tensor,
+    cache: torch.Tensor,
+    batch: DecodeBatch,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the exact residual pages of the batch's requests, as `combine` takes it.
+
+    Args:
+        query: [T, query heads, head_dim], last axis contiguous.
+        row_query: [rows] int32, query heads of the layer's discarded KV heads.
+        cache: [blocks, discarded heads, block_size, 2 * head_dim], residual pages.
+        batch: the step.
+        scale: factor of the scores.
+
+    Returns:
+        Output [n, rows, head_dim] and log-sum-exp [n, rows] float32, undefined for requests
+        without exact pages.
+    """
+    n, heads, head_dim = batch.num_reqs, cache.shape[1], query.shape[2]
+    group = row_query.shape[0] // heads
+    out = torch.empty(n, row_query.shape[0], head_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(n, row_query.shape[0], dtype=torch.float32, device=query.device)
+    per_request, per_part = batch.plan.row_strides
+    tables = batch.plan.tables[per_part:]
+    exact_decode_kernel[(n, heads)](
+        query, row_query, cache, tables, batch.exact_lens, out, lse,
+        query.stride(0), query.stride(1), cache.stride(0), cache.stride(1),
+        per_request * tables.stride(0), batch.exact_lens.stride(0), scale * _LOG2_E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=cache.shape[2],
+        BLOCK_T=EXACT.tokens(head_dim, query.element_size()),
+        ROWS=max(16, triton.next_power_of_2(group)),
+        DIM_PAD=triton.next_power_of_2(head_dim),
+        STAGES=EXACT.num_stages,
+        num_warps=EXACT.num_warps,
+        **overlap(query.device),
+    )  # fmt: skip
+    return out, lse
 
 
 def combine(

@@ -131,6 +131,26 @@ def _divisor(number: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
+class ExactTiles:
+    """Attention over exact residual pages.
+
+    Attributes:
+        tile_bytes: keys and values of a tile; long heads take fewer tokens.
+        num_stages: depth of the pipeline that loads them.
+        num_warps: warps per program.
+    """
+
+    tile_bytes: int = 32 * 1024
+    num_stages: int = 3
+    num_warps: int = 4
+
+    def tokens(self, head_dim: int, itemsize: int) -> int:
+        """Tokens of a tile, a power of two from 16 on."""
+        most = self.tile_bytes // (2 * head_dim * itemsize)
+        return max(16, 1 << (most.bit_length() - 1))
+
+
+@dataclass(frozen=True)
 class ReduceTiles:
     """Work items to one mean per row, by single warps: nothing but registers, many at a time.
 
@@ -213,6 +233,7 @@ class UnrotatedTiles:
 # time. Reducing with four warps 14 us, with one 5.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
+EXACT = ExactTiles()
 REDUCE = ReduceTiles()
 COMBINE = CombineTiles()
 UNROTATED = UnrotatedTiles()

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from echokv_kernels.step_plan import Shares, StepPlan, check_step
+from echokv_kernels.step_plan import Shares, StepKind, StepPlan, check_step
 
 PAGE_BLOCK = 1024  # columns of a block table per round of a program
 PAGE_WARPS = 8
@@ -80,12 +80,13 @@ def _find_exact(
     return tl.sum(missing, 0), tl.sum(kept_tokens, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind"])
 def _rows_kernel(
     exact_ptr,  # [max_reqs, PD] uint8
     compressed_ptr,  # [max_reqs] int32
     tables_ptr,  # [2 * max_reqs, max(PR, PD)] int32
     lens_ptr,  # [2 * max_reqs] int32
+    broken_ptr,  # [1] int32
     owner_ptr,  # [num_blocks] int64
     retained_table_ptr,  # [>= n, PR] int32
     residual_table_ptr,  # [>= n, PD] int32
@@ -93,6 +94,7 @@ def _rows_kernel(
     seq_lens_ptr,  # [>= n] int32 or int64
     retained_columns,
     residual_columns,
+    kind,  # StepKind
     stride_exact,
     stride_tables,
     stride_retained_table,
@@ -129,6 +131,9 @@ def _rows_kernel(
             PAGE_BLOCK,
         )
         compressed = num_missing > 0
+        if (kind == 1) & compressed:
+            tl.store(broken_ptr, 1)
+        compressed = compressed | ((kind == 2) & is_decode)
         tl.store(compressed_ptr + request, compressed.to(tl.int32))
         tl.store(lens_ptr + row, tl.where(is_decode & compressed, 0, seq_len))
         usable = is_decode | (num_missing == 0)
@@ -186,6 +191,7 @@ def plan_step(
     seq_lens: torch.Tensor,
     num_reqs: int,
     shares: Shares,
+    kind: StepKind = StepKind.MIXED,
 ) -> None:
     """Fills the plan of one step, after `stamp_owners`. No allocation, no synchronisation.
 
@@ -202,6 +208,7 @@ def plan_step(
         plan.compressed,
         plan.tables,
         plan.lens,
+        plan.broken,
         owner,
         retained_table,
         residual_table,
@@ -209,6 +216,7 @@ def plan_step(
         seq_lens,
         min(retained_table.shape[1], plan.tables.shape[1]),
         min(residual_table.shape[1], plan.exact.shape[1]),
+        int(kind),
         plan.exact.stride(0),
         plan.tables.stride(0),
         retained_table.stride(0),

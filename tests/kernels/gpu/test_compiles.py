@@ -51,7 +51,8 @@ def test_compiles_and_fits(case: tuple[str | int, ...], tmp_path: Path) -> None:
     file.write_text(json.dumps([dict(zip(NAMES, case, strict=True))]))
     (needs,) = answer_of("compile_kernels.py", tmp_path, file)["cases"].values()
     decode = {name for name in needs if name.endswith("_decode_kernel")}
-    assert len(decode) == 1 and {"reduce_kernel", "combine_kernel"} <= set(needs)
+    assert len(decode) == 2 and "exact_decode_kernel" in decode
+    assert {"reduce_kernel", "combine_kernel"} <= set(needs)
     assert ("absorb_kernel" in needs) == (case[1] != 1)
     too_big = {name: size for name, size in needs.items() if size > SHARED_BYTES}
     assert not too_big, f"shared memory beyond {SHARED_BYTES} bytes: {too_big}"

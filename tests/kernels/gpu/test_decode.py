@@ -293,6 +293,7 @@ def test_captured_beside_other_work(kit, device):
     finish()
     branch, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     other = torch.randn(2048, 2048, device=device)
+    other = other @ other  # makes cuBLAS's handle, which a capture may not
     with torch.cuda.graph(graph):
         for _ in range(20):
             other = other @ other

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from echokv_kernels.step_plan import Shares, StepPlan
+from echokv_kernels.step_plan import Shares, StepKind, StepPlan
 from echokv_kernels.step_plan import plan_step as plan_reference
 
 GARBAGE = 1 << 29  # an address that no kernel survives
@@ -72,7 +72,7 @@ class Batch:
                 buffer.fill_(POISON)
         return plan
 
-    def expected(self, plan, shares):
+    def expected(self, plan, shares, kind):
         """The specification, request by request and page by page, into a poisoned plan."""
         retained_size, residual_size = self.sizes
         totals = []
@@ -92,8 +92,11 @@ class Batch:
                     readable_len += min(residual_size, seq_len - column * residual_size)
             for column, block in enumerate(readable):
                 plan.tables[rows[1], column] = block
-            plan.compressed[request] = int(missing > 0)
             decode = query_len == 1
+            if kind == StepKind.FULL and missing:
+                plan.broken[0] = 1
+            missing = missing or int(kind == StepKind.COMPRESSED and decode)
+            plan.compressed[request] = int(missing > 0)
             plan.lens[rows[0]] = 0 if decode and missing else seq_len
             plan.lens[rows[1]] = readable_len if decode or not missing else 0
             totals.append(seq_len if decode and missing else 0)
@@ -125,16 +128,18 @@ def assert_same_plans(plan, other):
             assert torch.equal(one, two), f"{field.name}:\n{one}\n{two}"
 
 
-def check(batch, paired=True, **shares):
+def check(batch, paired=True, kind=StepKind.MIXED, **shares):
     """Reference, kernels and loop must leave the same bytes, poison included."""
     from echokv_kernels.gpu.step_plan import plan_step
 
     shares = Shares(**SHARES | shares)
     plans = [batch.plan(paired) for _ in range(3)]
-    batch.expected(plans[0], shares)
-    plan_reference(plans[1], *batch.args(), shares)
+    batch.expected(plans[0], shares, kind)
+    plan_reference(plans[1], *batch.args(), shares, kind)
     assert_same_plans(plans[1], plans[0])
-    plan_step(plans[2], *batch.args(), shares)
+    plan_step(plans[2], *batch.args(), shares, kind)
+    if batch.device.type == "cuda":
+        torch.cuda.synchronize()  # the host reads `broken`, which the device writes
     assert_same_plans(plans[2], plans[0])
     return plans[2]
 
@@ -155,6 +160,19 @@ def test_decodes_chunks_and_padding_side_by_side(device, sizes, paired):
     seq_lens = [500, 1, 161, 63, 400, 80, 0, 33]
     check(Batch(query_lens, seq_lens, sizes, device, seed=1), paired)
     check(Batch(query_lens, seq_lens, sizes, device, seed=2, lost=0.0), paired)
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.4])
+@pytest.mark.parametrize("kind", StepKind)
+def test_kinds_of_steps(device, kind, lost):
+    batch = Batch(
+        [1, 1, 1, 63, 1, 0], [500, 1, 161, 63, 80, 33], (16, 48), device, seed=3, lost=lost
+    )
+    plan = check(batch, kind=kind)
+    assert plan.broken.tolist() == [1 if kind is StepKind.FULL and lost else POISON]
+    if kind is StepKind.COMPRESSED:
+        assert plan.compressed[[0, 1, 2, 4]].tolist() == [1] * 4
+        assert plan.compressed[5] == 0, "padding"
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -1,0 +1,89 @@
+"""Attention of decodes over exact residual pages, for steps in which nobody decodes in full mode.
+
+Stock attention would split so few tokens over thread blocks that each fill a multiprocessor, and
+merge them in a second kernel. Here one program takes all exact tokens of one request and KV head.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
+from echokv_kernels.gpu.tiles import load_pages
+
+
+@triton.jit
+def exact_decode_kernel(
+    query_ptr,  # [n, query heads, HEAD_DIM]
+    row_query_ptr,  # [heads * GROUP] int32, query head of each row
+    cache_ptr,  # [blocks, heads, BLOCK_SIZE, 2 * HEAD_DIM]
+    table_ptr,  # [n, pages] int32, exact pages in order
+    lens_ptr,  # [n] int32, tokens in them
+    out_ptr,  # [n, heads * GROUP, HEAD_DIM], written where there are exact pages
+    lse_ptr,  # [n, heads * GROUP] float32, natural logarithm, likewise
+    stride_query_token,
+    stride_query_head,
+    stride_block,
+    stride_head,
+    stride_table,
+    stride_lens,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (n, heads)."""
+    LN_2: tl.constexpr = 0.6931471805599453
+    let_next_begin(PDL)
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_tokens = tl.load(lens_ptr + request * stride_lens)
+    if num_tokens == 0:
+        wait_for_previous(PDL)
+        return
+    member = tl.arange(0, ROWS)
+    element = tl.arange(0, DIM_PAD)
+    slot = tl.arange(0, BLOCK_T)
+    known = element < HEAD_DIM
+    real = member < GROUP
+    row = head * GROUP + member
+    row_mask = real[:, None] & known[None, :]
+    query_head = tl.load(row_query_ptr + row, mask=real, other=0).to(tl.int64)
+    q_ptrs = query_ptr + request * stride_query_token + query_head * stride_query_head
+    query = tl.load(q_ptrs[:, None] + element[None, :], mask=row_mask, other=0.0)
+    table_ptr += request * stride_table
+    cache_ptr += head.to(tl.int64) * stride_head
+    page = load_pages(table_ptr, slot, num_tokens, BLOCK_SIZE)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    wait_for_previous(PDL)
+    for first in tl.range(0, num_tokens, BLOCK_T, num_stages=STAGES):
+        position = first + slot
+        inside = position < num_tokens
+        x_row = page.to(tl.int64) * stride_block + position % BLOCK_SIZE * (2 * HEAD_DIM)
+        x_ptrs = cache_ptr + x_row[:, None] + element[None, :]
+        x_mask = inside[:, None] & known[None, :]
+        key = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        value = tl.load(x_ptrs + HEAD_DIM, mask=x_mask, other=0.0)
+        page = load_pages(table_ptr, position + BLOCK_T, num_tokens, BLOCK_SIZE)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        # Every tile has a token, so the maximum is finite from the first one on.
+        largest = tl.maximum(maximum, tl.max(scores, 1))
+        keep = tl.exp2(maximum - largest)
+        weights = tl.exp2(scores - largest[:, None])
+        total = total * keep + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
+        maximum = largest
+    num_rows = tl.num_programs(1) * GROUP
+    out_ptrs = out_ptr + ((request * num_rows + row) * HEAD_DIM)[:, None] + element[None, :]
+    out = acc / total[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask)
+    lse = (maximum + tl.log2(total)) * LN_2
+    tl.store(lse_ptr + request * num_rows + row, lse, mask=real)
