@@ -16,7 +16,7 @@ import pytest
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 MIXED = (5, 150, 33, 200)  # the short one gives up nothing
-LONG = (60, 150, 40, 200)
+LONG = (130, 60, 140, 200)
 
 
 def run(script: str, job: dict[str, object], folder: Path) -> list[list[int]]:
@@ -36,7 +36,7 @@ def run(script: str, job: dict[str, object], folder: Path) -> list[list[int]]:
     [
         ("local-0.5", 64, 2, ["compressed"] * 4, MIXED, {"MIXED"}),
         ("local-0.5", 64, 2, ["compressed"] * 4, LONG, {"COMPRESSED"}),
-        ("local-0.25", 64, 2, ["compressed", "full", "compressed", "auto"], MIXED, {"MIXED"}),
+        ("local-0.25", 64, 2, ["compressed", "full", "compressed", "auto"], LONG, {"MIXED"}),
         pytest.param(
             "paper-0.3", 16, 5, ["compressed"] * 4, LONG, {"COMPRESSED"}, marks=pytest.mark.nightly
         ),

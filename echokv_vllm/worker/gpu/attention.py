@@ -244,7 +244,7 @@ class GpuAttention:
             self._attend_context(query, step, heads)
             combine(
                 output, query, key, value, exact_out, exact_lse, heads, step.decodes,
-                self.memory.scratch, self.scale,
+                self.memory.scratch, self.scale, chained=True,
             )  # fmt: skip
 
     def _attend_context(self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads) -> None:

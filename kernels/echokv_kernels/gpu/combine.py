@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from echokv_kernels.gpu.overlap import wait_for_previous
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -108,6 +110,7 @@ def combine_kernel(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     MEAN_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles of requests, echoed heads times parts of HEAD_DIM, and the retained heads)."""
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
@@ -119,6 +122,7 @@ def combine_kernel(
     first = tl.load(items_ptr + 2 * request, mask=known, other=0)
     known = tl.load(items_ptr + 2 * request + 1, mask=known, other=0) > first
     if tl.sum(known.to(tl.int32)) == 0:
+        wait_for_previous(PDL)
         return
     element = tl.arange(0, DIM_PAD)
     mask = known[:, None] & (element < HEAD_DIM)[None, :]
@@ -133,13 +137,13 @@ def combine_kernel(
     mean = mean_ptr + request.to(tl.int64) * MEAN_SIZE
     if head >= NUM_ECHOED:
         own = NUM_ECHOED * GROUP * F + (row - NUM_ECHOED * GROUP) * HEAD_DIM
+        wait_for_previous(PDL)
         out = tl.load((mean + own)[:, None] + element[None, :], mask=mask, other=0.0)
         tl.store(out_ptrs + element[None, :], out.to(output_ptr.dtype.element_ty), mask=mask)
         return
     # All of it long before it is used: each would wait for memory again at the end.
     column = part % PARTS * COLUMNS + tl.arange(0, COLUMNS)
     out_mask = known[:, None] & (column < HEAD_DIM)[None, :]
-    lse = tl.load(lse_ptr + request * NUM_ROWS + row, mask=known, other=float("-inf"))
     exact_len = tl.load(exact_lens_ptr + request * stride_exact_len, mask=known, other=0)
     page = (tl.load(seq_lens_ptr + request, mask=known, other=1) - 1) // RESIDUAL_BLOCK_SIZE
     is_exact = tl.load(exact_ptr + request.to(tl.int64) * stride_exact + page, mask=known, other=1)
@@ -147,18 +151,6 @@ def combine_kernel(
     is_fresh = known & (is_exact == 0)
     exact_row = tl.load(row_exact_ptr + row, mask=known, other=0).to(tl.int64)
     exact_at = request.to(tl.int64) * stride_exact_out_token + exact_row * stride_exact_out_row
-    exact = tl.load(
-        exact_out_ptr + exact_at[:, None] + column[None, :],
-        mask=has_pages[:, None] & out_mask,
-        other=0.0,
-    )
-    exact_lse = tl.load(
-        exact_lse_ptr
-        + request.to(tl.int64) * stride_exact_lse_token
-        + exact_row * stride_exact_lse_row,
-        mask=has_pages,
-        other=float("-inf"),
-    )
     kv_head = tl.load(head_kv_ptr + head).to(tl.int64)
     fresh = is_fresh[:, None] & mask
     key_at = token * stride_key_token + kv_head * stride_key_head
@@ -170,6 +162,20 @@ def combine_kernel(
         value_ptr + value_at[:, None] + column[None, :],
         mask=is_fresh[:, None] & out_mask,
         other=0.0,
+    )
+    wait_for_previous(PDL)
+    lse = tl.load(lse_ptr + request * NUM_ROWS + row, mask=known, other=float("-inf"))
+    exact = tl.load(
+        exact_out_ptr + exact_at[:, None] + column[None, :],
+        mask=has_pages[:, None] & out_mask,
+        other=0.0,
+    )
+    exact_lse = tl.load(
+        exact_lse_ptr
+        + request.to(tl.int64) * stride_exact_lse_token
+        + exact_row * stride_exact_lse_row,
+        mask=has_pages,
+        other=float("-inf"),
     )
     out = project_means(
         (mean + row * F)[:, None] + element[None, :], mask,

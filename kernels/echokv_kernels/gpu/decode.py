@@ -273,6 +273,8 @@ def combine(
     batch: DecodeBatch,
     scratch: DecodeScratch,
     scale: float,
+    *,
+    chained: bool = False,
 ) -> None:
     """The group's rows of all requests that have work items, into `output`.
 
@@ -291,6 +293,8 @@ def combine(
         batch: the step.
         scratch: what `attend_context` left there.
         scale: factor of the scores.
+        chained: launched right behind `attend_context`, with everything else it needs older than
+            that, in the same stream.
     """
     maps, plan = heads.maps, batch.plan
     rows, columns = COMBINE.rows(heads.group_pad), min(heads.dim_pad, COMBINE.columns)
@@ -318,5 +322,6 @@ def combine(
         STAGES=COMBINE.num_stages,
         MEAN_SIZE=mean_size(heads),
         num_warps=COMBINE.num_warps,
+        **(overlap(query.device) if chained else {"PDL": False}),
         **heads.counts,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.overlap import wait_for_previous
+from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 
 
 @triton.jit
@@ -84,6 +84,7 @@ def reduce_kernel(
     ECHO_PARTS: tl.constexpr = NUM_ECHOED * (F // COLUMNS)
     OWN_PARTS: tl.constexpr = HEAD_DIM // COLUMNS
     NUM_PARTS: tl.constexpr = ECHO_PARTS + (NUM_ROWS - ECHO_ROWS) // GROUP * OWN_PARTS
+    let_next_begin(PDL)
     request = tl.program_id(0)
     first = tl.load(items_ptr + 2 * request)
     last = tl.load(items_ptr + 2 * request + 1)

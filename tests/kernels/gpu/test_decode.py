@@ -148,10 +148,10 @@ class Scene:
         def context():
             attend_context(query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale)
 
-        def finish():
+        def finish(chained=False):
             combine(
                 output, query, key, value, exact_out, exact_lse, heads, decode_batch, scratch,
-                batch.scale,
+                batch.scale, chained=chained,
             )  # fmt: skip
 
         return context, finish, output, [head for head, _ in own]
@@ -307,6 +307,34 @@ def test_captured_beside_other_work(kit, device):
         output.fill_(777.0)
         graph.replay()
         assert torch.equal(output.cpu(), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotation_block", [1, 64, 256])
+def test_captured_as_one_chain(kit, device, rotation_block):
+    """On one stream, every kernel begun before the one before it ends, layer after layer."""
+    if device.type != "cuda":
+        pytest.skip("captures a CUDA graph")
+    scene = Scene(
+        kit, device, rotation_block, head_dim=128, group=4, num_programs=264, dtype=torch.bfloat16
+    )
+    want, _ = scene.run()
+    context, finish, output, _ = scene.prepare()
+    context()  # compiles
+    finish(chained=True)
+    torch.cuda.synchronize()
+    graph, outputs = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            context()
+            finish(chained=True)
+            outputs.append(output.clone())
+            output.fill_(777.0)
+    output.fill_(777.0)
+    for _ in range(5):
+        graph.replay()
+        for copy in outputs:
+            assert torch.equal(copy.cpu(), want)
 
 
 def test_no_compressed_request_touches_nothing(kit, device):
