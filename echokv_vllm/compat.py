@@ -69,9 +69,9 @@ class UnsupportedVllmError(RuntimeError):
     """This vLLM lacks something EchoKV is built on."""
 
 
-def missing_hooks(hooks: tuple[str, ...] = HOOKS) -> list[str]:
+def missing_hooks(hooks: tuple[str, ...] | None = None) -> list[str]:
     """The entries of a list, by default :data:`HOOKS`, this vLLM does not have."""
-    return [hook for hook in hooks if not _exists(hook)]
+    return [hook for hook in (HOOKS if hooks is None else hooks) if not _exists(hook)]
 
 
 def _exists(hook: str) -> bool:

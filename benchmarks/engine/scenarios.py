@@ -1,7 +1,8 @@
 """What is measured on a running engine: pure decode steps, and prefill throughput.
 
-The engine is driven by hand, one ``LLMEngine.step()`` after the other, in this process: only so
-can steps that hold nothing but decoding requests be told from the others.
+The engine core is driven by hand in this process, step after step: only so can steps that hold
+nothing but decoding requests be told from the others. What a server does with a step's results in
+its front-end process, while the core goes on, is left out: in one process it would add to the step.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def measure_decode(
     """Times steps in which all requests decode and nothing else runs.
 
     The time of a step is the time between its result and the one before. With async scheduling
-    that is the engine's real pace, while the duration of one call of ``step()`` means little.
+    that is the engine's real pace, while the duration of one call means little.
 
     Returns:
         Milliseconds: ``step_ms`` (median), ``p20_ms``, ``p80_ms``, ``mean_ms`` (far from the median
@@ -111,13 +112,13 @@ def measure_decode(
     prefill_s = 0.0
     begin = last = time.perf_counter()
     while len(seconds) < SKIPPED_STEPS + num_steps:
-        if not engine.has_unfinished_requests():
+        outputs = engine.engine_core.get_output().outputs
+        now = time.perf_counter()
+        if any(output.finish_reason is not None for output in outputs):
             raise RuntimeError(
                 f"{scenario}: requests ended after {len(seconds)} pure decode steps; the KV cache "
                 "is too small to hold all of them at once. Give the engine more memory."
             )
-        outputs = engine.step()
-        now = time.perf_counter()
         if not outputs:  # a chunk of a prompt, or a step that only filled the queue
             continue
         grown = {output.request_id for output in outputs}

@@ -26,6 +26,7 @@ def messages():
 def test_this_version_has_every_hook(messages):
     compat.require_supported()
     assert messages == []
+    assert compat.missing_hooks(compat.GRAPH_HOOKS) == []
 
 
 def test_missing_hook_is_named(monkeypatch):
