@@ -41,7 +41,7 @@ def run(script: str, job: dict[str, object], folder: Path) -> list[list[int]]:
             "paper-0.3", 16, 5, ["compressed"] * 4, LONG, {"COMPRESSED"}, marks=pytest.mark.nightly
         ),
         ("paper-0.5", 1, 2, ["compressed"] * 4, LONG, {"COMPRESSED"}),
-        ("local-0.25", 64, 2, ["full", "auto"], (33, 70), {"FULL"}),
+        ("local-0.25", 64, 2, ["full", "auto"], (33, 170), {"FULL"}),
     ],
 )
 def test_tokens_are_those_of_the_portable_path(

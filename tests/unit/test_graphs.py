@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +105,14 @@ def test_what_is_captured_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     made.capture(lambda desc, warmup: seen.append((desc, step_kind.current())))
     assert [kind for _, kind in seen] == [StepKind.MIXED, StepKind.FULL, StepKind.COMPRESSED]
     assert step_kind.current() is StepKind.MIXED
+
+
+def test_a_promise_travels_to_other_processes() -> None:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    output = SchedulerOutput.make_empty()
+    step_kind.attach(output, StepKind.COMPRESSED)
+    assert step_kind.attached(pickle.loads(pickle.dumps(output))) is StepKind.COMPRESSED
 
 
 def test_a_step_without_a_promise_is_mixed() -> None:

@@ -65,7 +65,7 @@ def test_device_arrays() -> None:
     compressed = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
     step = build_prefill(
         2, query_start, host_seq_lens, torch.tensor(query_start, dtype=torch.int32), seq_lens,
-        compressed, 8,
+        compressed, 8, all_full=False,
     )  # fmt: skip
     assert (step.first_request, step.first_token, step.num_tokens) == (2, 2, 308)
     assert step.residual_lens.tolist() == [300, 0]
@@ -82,3 +82,13 @@ def test_device_arrays() -> None:
     assert context.tile_request.tolist() == [3] * 7
     assert (context.first_token, context.num_tokens) == (300, 8)
     assert context.max_query_len == 8 and context.query_start_loc.tolist() == [0, 8]
+
+
+def test_a_full_step_has_no_rounds() -> None:
+    query_start, seq_lens = np.array([0, 1, 301]), torch.tensor([50, 300], dtype=torch.int32)
+    step = build_prefill(
+        1, query_start, seq_lens.numpy(), torch.tensor(query_start, dtype=torch.int32), seq_lens,
+        torch.zeros(2, dtype=torch.int32), 8, all_full=True,
+    )  # fmt: skip
+    assert step.rounds == [] and step.residual_lens.tolist() == [300]
+    assert step.token_request.tolist() == [1] * 300

@@ -325,7 +325,7 @@ class GpuAttention:
             )  # fmt: skip
         if not self.in_order:
             output[tokens].index_copy_(1, self.row_order, out)
-        if residual_cache is None:
+        if residual_cache is None or not prefill.rounds:
             return
         merged, merged_lse = self._merge_buffers(prefill.num_tokens)
         for round_ in prefill.rounds:

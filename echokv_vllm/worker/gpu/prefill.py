@@ -6,8 +6,8 @@ materialised in a workspace of `TILE` token tiles and attended to round by round
     chunk round     from the last tile boundary before the chunk to its end, causal
     context rounds  what lies before, every query sees all of it
 
-Which requests are compressed is known on the device only, so rounds are laid out for all; tiles
-and rows of requests that are not compressed end at once.
+Which requests are compressed is known on the device only, so rounds are laid out for all, unless
+the whole step is known to be full; tiles and rows of requests that are not compressed end at once.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class PrefillStep:
         seq_lens: [requests] int32.
         residual_lens: [requests] int32, 0 for compressed requests.
         token_request: [num_tokens] int32, index in the batch.
-        rounds: For the compressed ones.
+        rounds: For the compressed ones; none if there cannot be any.
     """
 
     first_request: int
@@ -197,6 +197,7 @@ def build_prefill(
     seq_lens: torch.Tensor,
     compressed: torch.Tensor,
     num_tiles: int,
+    all_full: bool,
 ) -> PrefillStep:
     """Lays out the prompt chunks of a step.
 
@@ -208,6 +209,7 @@ def build_prefill(
         seq_lens: [n] int32 on the device.
         compressed: [>= n] int32 on the device.
         num_tiles: Tiles of the workspace.
+        all_full: None of the requests is compressed: no rounds.
     """
     n = seq_lens.shape[0]
     chunk_lens = np.diff(query_start)
@@ -215,7 +217,7 @@ def build_prefill(
         (i, max(0, int(host_seq_lens[i] - chunk_lens[i])), int(chunk_lens[i]))
         for i in range(first_request, n)
     ]
-    layouts = lay_out_rounds(requests, num_tiles)
+    layouts = [] if all_full else lay_out_rounds(requests, num_tiles)
     upload = _Upload()
     token_request = upload.add(np.repeat(np.arange(first_request, n), chunk_lens[first_request:n]))
     places = [_register(upload, layout) for layout in layouts]

@@ -191,6 +191,7 @@ class GpuStepBuilder:
                 step.seq_lens,
                 self.plan.compressed,
                 self.num_tiles,
+                step.kind is StepKind.FULL,
             )
         return step
 
