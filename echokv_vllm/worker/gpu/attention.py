@@ -240,19 +240,23 @@ class GpuAttention:
         exact_out, exact_lse = attend_exact(
             query, self.discarded_rows, residual_cache, step.decodes, self.scale
         )
+        # Kernels that begin early rely on what begins this one chain.
+        chained = len(self.echoed) == 1
         for heads in self.echoed:
-            self._attend_context(query, step, heads)
+            self._attend_context(query, step, heads, chained=chained)
             combine(
                 output, query, key, value, exact_out, exact_lse, heads, step.decodes,
-                self.memory.scratch, self.scale, chained=True,
+                self.memory.scratch, self.scale, chained=chained,
             )  # fmt: skip
 
-    def _attend_context(self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads) -> None:
+    def _attend_context(
+        self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads, *, chained: bool = False
+    ) -> None:
         assert step.decodes is not None, "echokv: no decodes were planned"
         memory = self.memory
         attend_context(
             query, heads, step.decodes, memory.scratch, memory.shape, DECODE, memory.rotation,
-            self.scale,
+            self.scale, chained=chained,
         )  # fmt: skip
 
     def _attend_paired(

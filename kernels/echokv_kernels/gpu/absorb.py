@@ -226,13 +226,14 @@ def absorb_kernel(
     REQUESTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SOURCES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Fills the lines. Grid: (heads * parts of a group * parts of the sources, programs).
 
     Programs of one part take LINES lines at a time, of whichever requests. A program turns the
     queries of MEMBERS query heads back, keeps them in shared memory, and takes SOURCES source
-    heads' maps in turn.
+    heads' maps in turn. AHEAD: the queries are complete when the kernel begins, whatever runs.
     """
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
@@ -260,6 +261,7 @@ def absorb_kernel(
         mask = real[:, None] & known[None, :]
         if ROTATION_BLOCK != 0:
             cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
+        wait_for_previous(PDL and not AHEAD)
         turned = ()
         for member in tl.static_range(MEMBERS):
             row = first_row + member
@@ -298,6 +300,5 @@ def absorb_kernel(
                 a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None]
                 tl.store(a_ptrs + first[None, :], a_1.to(dtype), mask=mask)
                 tl.store(a_ptrs + second[None, :], a_2.to(dtype), mask=mask)
-    # No earlier: the queries are older than the previous kernel, which stored the step's keys. But
-    # decode needs those too, and waits for this kernel only.
+    # At the latest: decode needs what is older than this kernel, and waits for this kernel only.
     wait_for_previous(PDL)

@@ -61,6 +61,7 @@ def _launch_absorb(
     scratch: DecodeScratch,
     shape: DecodeShape,
     rotation: RotationTable,
+    ahead: bool,
 ) -> None:
     """Fills the lines of absorbed queries; arguments as in `attend_context`."""
     maps, num_sources = heads.maps, heads.features.num_heads
@@ -78,6 +79,7 @@ def _launch_absorb(
         REQUESTS=ABSORB.requests,
         MEMBERS=members,
         SOURCES=sources,
+        AHEAD=ahead,
         num_warps=ABSORB.num_warps,
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
@@ -108,7 +110,6 @@ def _launch_absorbed(
     scale_log2: float,
 ) -> None:
     """Fills `scratch.sums`, `maximum` and `total`; arguments as in `attend_context`."""
-    _launch_absorb(query, heads, batch, scratch, shape, rotation)
     features, maps, plan = heads.features, heads.maps, batch.plan
     head_dim, dim_pad, itemsize = maps.head_dim, heads.dim_pad, maps.key.element_size()
     arguments = [
@@ -175,6 +176,8 @@ def attend_context(
     tiles: DecodeTiles,
     rotation: RotationTable,
     scale: float,
+    *,
+    chained: bool = False,
 ) -> None:
     """Attention of the group's rows to cached tokens, as parts in `scratch` for `combine`.
 
@@ -191,8 +194,12 @@ def attend_context(
         tiles: tile numbers.
         rotation: angles of all positions.
         scale: factor of the scores.
+        chained: launched right behind `attend_exact` in the same stream.
     """
-    launch = launch_unrotated if shape.rotation_block == 1 else _launch_absorbed
+    launch = launch_unrotated
+    if shape.rotation_block != 1:
+        launch = _launch_absorbed
+        _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
     launch(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
     _launch_reduce(heads, batch, scratch)
 
@@ -293,8 +300,8 @@ def combine(
         batch: the step.
         scratch: what `attend_context` left there.
         scale: factor of the scores.
-        chained: launched right behind `attend_context`, with everything else it needs older than
-            that, in the same stream.
+        chained: launched right behind `attend_context` in the same stream, and that right behind
+            `attend_exact`, for the layer's only group.
     """
     maps, plan = heads.maps, batch.plan
     rows, columns = COMBINE.rows(heads.group_pad), min(heads.dim_pad, COMBINE.columns)

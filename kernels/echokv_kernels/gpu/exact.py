@@ -40,11 +40,13 @@ def exact_decode_kernel(
 ):
     """Grid: (n, heads)."""
     LN_2: tl.constexpr = 0.6931471805599453
+    # In this order: what follows finds everything older than this kernel complete, and need not
+    # wait for more than this kernel.
+    wait_for_previous(PDL)
     let_next_begin(PDL)
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_tokens = tl.load(lens_ptr + request * stride_lens)
     if num_tokens == 0:
-        wait_for_previous(PDL)
         return
     member = tl.arange(0, ROWS)
     element = tl.arange(0, DIM_PAD)
@@ -62,7 +64,6 @@ def exact_decode_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    wait_for_previous(PDL)
     for first in tl.range(0, num_tokens, BLOCK_T, num_stages=STAGES):
         position = first + slot
         inside = position < num_tokens

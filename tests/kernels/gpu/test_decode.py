@@ -87,7 +87,7 @@ class Scene:
 
     def prepare(self):
         """Two launches, context and combine, and the output: poison where they write nothing."""
-        from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
+        from echokv_kernels.gpu.decode import DecodeBatch, attend_context, attend_exact, combine
         from echokv_kernels.gpu.heads import EchoedHeads
         from echokv_kernels.gpu.launch import DecodeTiles
         from echokv_kernels.gpu.rotation import RotationTable
@@ -144,9 +144,20 @@ class Scene:
             x.to(device) for x in (self.query, self.key, self.value, self.exact_out, self.exact_lse)
         )
         rotation = RotationTable.build(self.rotary.to(device), batch.max_len)
+        # What begins a chain; what it finds is not used.
+        exact_rows = self.rows(self.echoed).to(device, torch.int32)
+        exact_pages = torch.zeros(
+            1, len(self.echoed), self.residual_block_size, 2 * batch.head_dim,
+            dtype=self.dtype, device=device,
+        )  # fmt: skip
 
-        def context():
-            attend_context(query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale)
+        def context(chained=False):
+            if chained:
+                attend_exact(query, exact_rows, exact_pages, decode_batch, batch.scale)
+            attend_context(
+                query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale,
+                chained=chained,
+            )  # fmt: skip
 
         def finish(chained=False):
             combine(
@@ -309,6 +320,16 @@ def test_captured_beside_other_work(kit, device):
         assert torch.equal(output.cpu(), want)
 
 
+def test_chained(kit, device):
+    for rotation_block in (1, 64):
+        scene = Scene(kit, device, rotation_block, group=4, dtype=DTYPES[device.type][0])
+        want, _ = scene.run()
+        context, finish, output, _ = scene.prepare()
+        context(chained=True)
+        finish(chained=True)
+        assert torch.equal(output.cpu(), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rotation_block", [1, 64, 256])
 def test_captured_as_one_chain(kit, device, rotation_block):
@@ -320,13 +341,13 @@ def test_captured_as_one_chain(kit, device, rotation_block):
     )
     want, _ = scene.run()
     context, finish, output, _ = scene.prepare()
-    context()  # compiles
+    context(chained=True)  # compiles
     finish(chained=True)
     torch.cuda.synchronize()
     graph, outputs = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
         for _ in range(20):
-            context()
+            context(chained=True)
             finish(chained=True)
             outputs.append(output.clone())
             output.fill_(777.0)
