@@ -254,8 +254,8 @@ class EchoedDecode:
         self.query = randn(n, KV_HEADS * GROUP, HEAD_DIM)
         self.key, self.value = randn(n, KV_HEADS, HEAD_DIM), randn(n, KV_HEADS, HEAD_DIM)
         self.output = torch.zeros_like(self.query)
-        self.exact_out = randn(n, rows, HEAD_DIM)
-        self.exact_lse = torch.randn(n, rows, device="cuda")
+        self.exact_out = randn(n, 1, rows, HEAD_DIM)
+        self.exact_lse = torch.randn(n, 1, rows, device="cuda")
         inverse = 500000.0 ** -(torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
         self.rotation = RotationTable.build(
             Rotary(inverse.to(torch.float32), HEAD_DIM), self.case.context_len

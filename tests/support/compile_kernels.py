@@ -114,17 +114,16 @@ def launch(case: dict[str, Any]) -> None:
     )
     query = torch.zeros(1, heads * group, head_dim, dtype=torch.bfloat16)
     key = torch.zeros(1, heads, head_dim, dtype=torch.bfloat16)
-    exact_out = torch.zeros(1, len(discarded) * group, head_dim, dtype=torch.bfloat16)
     inverse = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     rotation = RotationTable.build(Rotary(inverse.float(), head_dim), CONTEXT_LEN)
     rows = torch.zeros(len(discarded) * group, dtype=torch.int32)
     residual = torch.zeros(
         2, len(discarded), sizes.residual, 2 * head_dim, dtype=torch.bfloat16
     )  # fmt: skip
-    attend_exact(query, rows, residual, batch, head_dim**-0.5)
+    exact_out, exact_lse = attend_exact(query, rows, residual, batch, head_dim**-0.5)
     attend_context(query, echoed, batch, scratch, shape, DECODE, rotation, head_dim**-0.5)
     combine(
-        torch.zeros_like(query), query, key, key, exact_out, exact_out[..., 0].float(), echoed,
+        torch.zeros_like(query), query, key, key, exact_out, exact_lse, echoed,
         batch, scratch, head_dim**-0.5,
     )  # fmt: skip
 

@@ -207,7 +207,7 @@ class GpuAttention:
             lse = self._attend_apart(rows, kv_cache, residual_cache, step, out)
         if not self.in_order:
             output[:n].index_copy_(1, self.row_order, out)
-        exact_out = out[:, self.num_retained_rows :]
+        exact_out = out[:, None, self.num_retained_rows :]
         for heads in echoed:
             assert step.decodes is not None and lse is not None
             if heads is not echoed[0] or branch is None:
@@ -215,7 +215,7 @@ class GpuAttention:
             else:
                 torch.cuda.current_stream().wait_stream(branch)
             combine(
-                output, query, key, value, exact_out, lse, heads, step.decodes,
+                output, query, key, value, exact_out, lse[:, None], heads, step.decodes,
                 self.memory.scratch, self.scale,
             )  # fmt: skip
 

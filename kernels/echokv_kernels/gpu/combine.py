@@ -61,13 +61,21 @@ def project_means(
     return out
 
 
-@triton.jit(do_not_specialize=["num_requests", "stride_exact_lse_token", "stride_exact_lse_row"])
+@triton.jit(
+    do_not_specialize=[
+        "num_requests",
+        "num_parts",
+        "stride_exact_lse_token",
+        "stride_exact_lse_part",
+        "stride_exact_lse_row",
+    ]
+)
 def combine_kernel(
     output_ptr,  # [T, query heads, HEAD_DIM], written
     query_ptr,  # [T, query heads, HEAD_DIM]
     key_ptr,  # [T, KV heads, HEAD_DIM], this step's
     value_ptr,  # [T, KV heads, HEAD_DIM]
-    exact_out_ptr,  # [n, rows of the layer's discarded heads, HEAD_DIM]
+    exact_out_ptr,  # [n, num_parts, rows of the layer's discarded heads, HEAD_DIM]
     exact_lse_ptr,  # the same without HEAD_DIM, float32, natural logarithm
     exact_lens_ptr,  # [n] int32
     exact_ptr,  # [n, residual pages] uint8
@@ -82,6 +90,7 @@ def combine_kernel(
     mean_ptr,  # [n, MEAN_SIZE]
     lse_ptr,  # [n, NUM_ROWS] float32, log2
     num_requests,
+    num_parts,
     stride_output_token,
     stride_output_head,
     stride_query_token,
@@ -91,8 +100,10 @@ def combine_kernel(
     stride_value_token,
     stride_value_head,
     stride_exact_out_token,
+    stride_exact_out_part,
     stride_exact_out_row,
     stride_exact_lse_token,
+    stride_exact_lse_part,
     stride_exact_lse_row,
     stride_exact_len,
     stride_exact,
@@ -165,18 +176,11 @@ def combine_kernel(
     )
     wait_for_previous(PDL)
     lse = tl.load(lse_ptr + request * NUM_ROWS + row, mask=known, other=float("-inf"))
-    exact = tl.load(
-        exact_out_ptr + exact_at[:, None] + column[None, :],
-        mask=has_pages[:, None] & out_mask,
-        other=0.0,
-    )
-    exact_lse = tl.load(
-        exact_lse_ptr
-        + request.to(tl.int64) * stride_exact_lse_token
-        + exact_row * stride_exact_lse_row,
-        mask=has_pages,
-        other=float("-inf"),
-    )
+    exact_ptrs = exact_out_ptr + exact_at[:, None] + column[None, :]
+    exact_lse_ptrs = exact_lse_ptr + request.to(tl.int64) * stride_exact_lse_token
+    exact_lse_ptrs += exact_row * stride_exact_lse_row
+    exact = tl.load(exact_ptrs, mask=has_pages[:, None] & out_mask, other=0.0)
+    exact_lse = tl.load(exact_lse_ptrs, mask=has_pages, other=float("-inf"))
     out = project_means(
         (mean + row * F)[:, None] + element[None, :], mask,
         value_map_ptr + head.to(tl.int64) * (F * HEAD_DIM), column,
@@ -188,6 +192,14 @@ def combine_kernel(
     weight = tl.where(lse > float("-inf"), 1.0, 0.0)
     out = out * weight[:, None]
     out, weight, lse = add_part(out, weight, lse, exact.to(tl.float32), exact_lse * LOG2_E)
+    # Few: one where stock attention made it.
+    for other in range(1, num_parts):
+        part_lse = tl.load(
+            exact_lse_ptrs + other * stride_exact_lse_part, mask=has_pages, other=float("-inf")
+        )
+        part_mask = (part_lse > float("-inf"))[:, None] & out_mask
+        part_out = tl.load(exact_ptrs + other * stride_exact_out_part, mask=part_mask, other=0.0)
+        out, weight, lse = add_part(out, weight, lse, part_out.to(tl.float32), part_lse * LOG2_E)
     score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
     score = tl.where(is_fresh, score, float("-inf"))
     out, weight, lse = add_part(out, weight, lse, value.to(tl.float32), score)

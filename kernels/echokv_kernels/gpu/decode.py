@@ -243,16 +243,17 @@ def attend_exact(
         scale: factor of the scores.
 
     Returns:
-        Output [n, rows, head_dim] and log-sum-exp [n, rows] float32, undefined for requests
-        without exact pages.
+        Output [n, parts, rows, head_dim] and log-sum-exp [n, parts, rows] float32, undefined for
+        requests without exact pages; the output also where the log-sum-exp is -inf.
     """
     n, heads, head_dim = batch.num_reqs, cache.shape[1], query.shape[2]
     group = row_query.shape[0] // heads
-    out = torch.empty(n, row_query.shape[0], head_dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(n, row_query.shape[0], dtype=torch.float32, device=query.device)
+    shape = (n, EXACT.parts(n, heads), row_query.shape[0])
+    out = torch.empty(*shape, head_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     per_request, per_part = batch.plan.row_strides
     tables = batch.plan.tables[per_part:]
-    exact_decode_kernel[(n, heads)](
+    exact_decode_kernel[(n, heads, shape[1])](
         query, row_query, cache, tables, batch.exact_lens, out, lse,
         query.stride(0), query.stride(1), cache.stride(0), cache.stride(1),
         per_request * tables.stride(0), batch.exact_lens.stride(0), scale * _LOG2_E,
@@ -293,9 +294,9 @@ def combine(
         query: [T, query heads, head_dim], last axis contiguous.
         key: [T, KV heads, head_dim], this step's, for the current token.
         value: likewise.
-        exact_out: [n, rows of the layer's discarded query heads, head_dim], attention over
-            the exact residual pages of request n.
-        exact_lse: [n, rows] float32, its log-sum-exp.
+        exact_out: [n, parts, rows of the layer's discarded query heads, head_dim], attention over
+            parts of the exact residual pages of request n.
+        exact_lse: [n, parts, rows] float32, their log-sum-exp.
         heads: the echo group.
         batch: the step.
         scratch: what `attend_context` left there.
@@ -314,10 +315,10 @@ def combine(
         maps.value, maps.value_bias if maps.value_bias is not None else maps.value,
         heads.row_query, heads.row_exact, heads.head_kv,
         batch.query_start_loc, batch.seq_lens, plan.items,
-        scratch.mean, scratch.lse, batch.num_reqs,
+        scratch.mean, scratch.lse, batch.num_reqs, exact_out.shape[1],
         output.stride(0), output.stride(1), query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        exact_out.stride(0), exact_out.stride(1), exact_lse.stride(0), exact_lse.stride(1),
+        *exact_out.stride()[:3], *exact_lse.stride(),
         batch.exact_lens.stride(0), plan.exact.stride(0), scale * _LOG2_E,
         HAS_BIAS=maps.value_bias is not None,
         RESIDUAL_BLOCK_SIZE=plan.residual_block_size,

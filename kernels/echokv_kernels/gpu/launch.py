@@ -138,11 +138,20 @@ class ExactTiles:
         tile_bytes: keys and values of a tile; long heads take fewer tokens.
         num_stages: depth of the pipeline that loads them.
         num_warps: warps per program.
+        programs: for all requests of a step, if they have tokens enough.
+        max_parts: programs for one request and head; what merges them takes them in turn.
     """
 
     tile_bytes: int = 32 * 1024
     num_stages: int = 3
     num_warps: int = 4
+    programs: int = 128
+    max_parts: int = 16
+
+    def parts(self, num_reqs: int, heads: int) -> int:
+        """Programs for one request and head, a power of two."""
+        wanted = max(1, self.programs // (num_reqs * heads))
+        return min(self.max_parts, 1 << (wanted.bit_length() - 1))
 
     def tokens(self, head_dim: int, itemsize: int) -> int:
         """Tokens of a tile, a power of two from 16 on."""

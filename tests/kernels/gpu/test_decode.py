@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Scene:
         residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
         interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
         full=(1,), chunk_len=128, num_programs=3, max_lines=6, num_retained=HEADS, seed=0,
-        fused_bytes=1024,
+        fused_bytes=1024, num_parts=1,
     ):  # fmt: skip
         self.kit, self.device, self.dtype = kit, device, dtype
         self.rotation_block, self.group, self.full = rotation_block, group, full
@@ -71,7 +72,7 @@ class Scene:
         self.exact_out[self.exact_lens == 0] = float("nan")
         self.exact_lse[self.exact_lens == 0] = float("nan")
         self.chunk_len, self.num_programs, self.max_lines = chunk_len, num_programs, max_lines
-        self.fused_bytes = fused_bytes
+        self.fused_bytes, self.num_parts = fused_bytes, num_parts
 
     def plan(self, align):
         n, batch = len(self.batch.query_lens), self.batch
@@ -143,6 +144,7 @@ class Scene:
         query, key, value, exact_out, exact_lse = (
             x.to(device) for x in (self.query, self.key, self.value, self.exact_out, self.exact_lse)
         )
+        exact_out, exact_lse = self.exact_parts(exact_out, exact_lse)
         rotation = RotationTable.build(self.rotary.to(device), batch.max_len)
         # What begins a chain; what it finds is not used.
         exact_rows = self.rows(self.echoed).to(device, torch.int32)
@@ -161,11 +163,23 @@ class Scene:
 
         def finish(chained=False):
             combine(
-                output, query, key, value, exact_out, exact_lse, heads, decode_batch, scratch,
+                output, query, key, value, exact_out, exact_lse, heads,
+                decode_batch, scratch,
                 batch.scale, chained=chained,
             )  # fmt: skip
 
         return context, finish, output, [head for head, _ in own]
+
+    def exact_parts(self, out, lse):
+        """The exact part as `num_parts` of them: two halves, the others of no tokens."""
+        if self.num_parts == 1:
+            return out[:, None], lse[:, None]
+        empty = self.num_parts - 2
+        halves, nothing = [lse - math.log(2.0)] * 2, [torch.full_like(lse, float("-inf"))]
+        garbage = [torch.full_like(out, float("nan"))]
+        return torch.stack([out, out] + garbage * empty, 1), torch.stack(
+            halves + nothing * empty, 1
+        )
 
     def run(self):
         """The kernels' output and the retained heads with a source head."""
@@ -318,6 +332,12 @@ def test_captured_beside_other_work(kit, device):
         output.fill_(777.0)
         graph.replay()
         assert torch.equal(output.cpu(), want)
+
+
+@pytest.mark.parametrize("num_parts", [2, 5])
+def test_exact_pages_in_parts(kit, device, num_parts):
+    for dtype in DTYPES[device.type]:
+        Scene(kit, device, group=3, dtype=dtype, num_parts=num_parts).check()
 
 
 def test_chained(kit, device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,12 +75,26 @@ class Pages:
         return attend_exact(self.query.to(self.device), rows, self.cache, batch, self.scale)
 
 
+def merged(out, lse):
+    """One part of several."""
+    weight = lse.softmax(1).nan_to_num()[..., None]
+    out = torch.where(lse[..., None] > float("-inf"), out, 0.0)  # otherwise undefined
+    return (out * weight).sum(1), lse.logsumexp(1)
+
+
 @pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("num_programs", [1, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_matches_softmax(device, shape, paired):
+def test_matches_softmax(device, shape, num_programs, paired, monkeypatch):
+    from echokv_kernels.gpu import decode
+
+    monkeypatch.setattr(decode, "EXACT", replace(decode.EXACT, programs=num_programs))
     for dtype in DTYPES[device.type]:
         pages = Pages(shape, dtype, device, paired)
-        out, lse = (result.float().cpu() for result in pages.attend())
+        results = [result.float().cpu() for result in pages.attend()]
+        num_parts = results[0].shape[1]
+        assert num_parts == (1 if num_programs == 1 else 16 // (1 << (shape[0] - 1).bit_length()))
+        out, lse = merged(*results)
         tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
         for request, length in enumerate(LENGTHS):
             if length:
