@@ -164,7 +164,9 @@ class StepPlan:
             line_end=zeros(max_reqs),
             share_len=torch.ones(1, dtype=torch.int64, device=device),
             items=zeros(max_reqs, 2),
-            broken=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
+            broken=torch.zeros(
+                1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+            ),
             paired=paired,
             retained_block_size=retained_block_size,
             residual_block_size=residual_block_size,
