@@ -16,7 +16,6 @@ from echokv_kernels.step_plan import StepKind
 
 _ATTRIBUTE = "echokv_step_kind"  # on vLLM's SchedulerOutput, which is pickled whole
 
-
 _current: ContextVar[StepKind] = ContextVar("echokv_step_kind", default=StepKind.MIXED)
 
 

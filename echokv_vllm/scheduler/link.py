@@ -69,6 +69,7 @@ class PoolLink:
         """What is certain of all these requests' residual pages, once they are scheduled."""
         assert self.residual is not None, "echokv: the residual manager is not built yet"
         ledgers = self.residual.ledgers
+        # Whatever takes a page from a request, or gives it none, taints it in the same moment.
         lacking = {
             (ledger := ledgers.get(request_id)) is None or ledger.taint is not None
             for request_id in request_ids

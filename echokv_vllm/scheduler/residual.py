@@ -232,10 +232,8 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
         """Extends the row to ``num_tokens``; never shorter, the worker reads every entry."""
-        row = self.req_to_blocks[request_id]
         ledger = self.ledger(request_id)
-        if ledger.admitted and num_tokens <= len(row) * self.block_size:
-            return []  # most decode steps
+        row = self.req_to_blocks[request_id]
         if request_id not in self.num_cached_block:
             self.num_cached_block[request_id] = 0
         if not ledger.admitted:

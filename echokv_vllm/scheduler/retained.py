@@ -38,9 +38,7 @@ class EchoRetainedManager(FullAttentionManager):
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
         self.link.retained_need = (request_id, need)
-        # Asked once per request and step: nearly always there is no hit.
-        hits = [block.block_id for block in new_computed_blocks] if new_computed_blocks else ()
-        self.link.retained_hits = frozenset(hits)
+        self.link.retained_hits = frozenset(block.block_id for block in new_computed_blocks)
         return int(need)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:

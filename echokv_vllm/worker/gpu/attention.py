@@ -184,19 +184,52 @@ class GpuAttention:
         step: GpuStep,
         output: torch.Tensor,
     ) -> None:
-        if step.kind is StepKind.COMPRESSED and self.echoed:
-            self._decode_compressed(query, key, value, kv_cache, residual_cache, step, output)
-            return
         echoed = self.echoed if step.kind is not StepKind.FULL else []
-        branch = None
-        if echoed and query.is_cuda and torch.cuda.is_current_stream_capturing():
-            # A graph runs what does not depend on each other side by side: the echo kernels that
-            # find nothing to do cost no time of their own, nor do the exact pages of requests that
-            # are compressed. Outside of graphs two streams would only cost the host time.
-            branch = self.memory.branch
-            branch.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(branch):
-                self._attend_context(query, step, echoed[0])
+        exact_lse: torch.Tensor | None
+        if echoed and step.kind is StepKind.COMPRESSED:
+            exact_out, exact_lse = self._attend_exact(query, kv_cache, residual_cache, step, output)
+            # Kernels that begin early rely on what begins this one chain.
+            branch, chained = None, len(echoed) == 1
+        else:
+            branch, chained = self._branch_off(query, step, echoed), False
+            exact_out, exact_lse = self._attend_stock(query, kv_cache, residual_cache, step, output)
+        for heads in echoed:
+            assert step.decodes is not None and exact_lse is not None
+            if heads is not echoed[0] or branch is None:
+                self._attend_context(query, step, heads, chained=chained)
+            else:
+                torch.cuda.current_stream().wait_stream(branch)
+            combine(
+                output, query, key, value, exact_out, exact_lse, heads, step.decodes,
+                self.memory.scratch, self.scale, chained=chained,
+            )  # fmt: skip
+
+    def _branch_off(
+        self, query: torch.Tensor, step: GpuStep, echoed: list[EchoedHeads]
+    ) -> torch.cuda.Stream | None:
+        """Starts the first group on a stream of its own, if that helps; None if it did not.
+
+        A graph runs what does not depend on each other side by side: the echo kernels that find
+        nothing to do cost no time of their own, nor do the exact pages of requests that are
+        compressed. Outside of graphs two streams would only cost the host time.
+        """
+        if not (echoed and query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        branch = self.memory.branch
+        branch.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(branch):
+            self._attend_context(query, step, echoed[0])
+        return branch
+
+    def _attend_stock(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stock attention of all heads into ``output``; the D half of it as `combine` takes it."""
         n = step.num_decodes
         rows = query[:n] if self.in_order else query[:n].index_select(1, self.row_order)
         out = output[:n] if self.in_order else torch.empty_like(rows)
@@ -207,29 +240,17 @@ class GpuAttention:
             lse = self._attend_apart(rows, kv_cache, residual_cache, step, out)
         if not self.in_order:
             output[:n].index_copy_(1, self.row_order, out)
-        exact_out = out[:, None, self.num_retained_rows :]
-        for heads in echoed:
-            assert step.decodes is not None and lse is not None
-            if heads is not echoed[0] or branch is None:
-                self._attend_context(query, step, heads)
-            else:
-                torch.cuda.current_stream().wait_stream(branch)
-            combine(
-                output, query, key, value, exact_out, lse[:, None], heads, step.decodes,
-                self.memory.scratch, self.scale,
-            )  # fmt: skip
+        return out[:, None, self.num_retained_rows :], None if lse is None else lse[:, None]
 
-    def _decode_compressed(
+    def _attend_exact(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         residual_cache: torch.Tensor | None,
         step: GpuStep,
         output: torch.Tensor,
-    ) -> None:
-        """All requests are compressed: stock attention has nothing to do that is not small."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same where all are compressed and stock attention has little left, or nothing."""
         assert step.decodes is not None and residual_cache is not None
         n, half = step.num_decodes, self.num_retained_rows
         if half and not self.covers_retained:
@@ -237,17 +258,7 @@ class GpuAttention:
             out = torch.empty_like(rows)
             self._attend_retained(rows, kv_cache, step, out)
             output[:n].index_copy_(1, self.row_order[:half], out)
-        exact_out, exact_lse = attend_exact(
-            query, self.discarded_rows, residual_cache, step.decodes, self.scale
-        )
-        # Kernels that begin early rely on what begins this one chain.
-        chained = len(self.echoed) == 1
-        for heads in self.echoed:
-            self._attend_context(query, step, heads, chained=chained)
-            combine(
-                output, query, key, value, exact_out, exact_lse, heads, step.decodes,
-                self.memory.scratch, self.scale, chained=chained,
-            )  # fmt: skip
+        return attend_exact(query, self.discarded_rows, residual_cache, step.decodes, self.scale)
 
     def _attend_context(
         self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads, *, chained: bool = False

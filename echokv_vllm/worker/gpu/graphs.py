@@ -32,6 +32,7 @@ class KindDescriptor(BatchExecutionDescriptor):
     kind: StepKind = StepKind.MIXED
 
     @classmethod
+    @functools.cache  # asked in every step
     def of(cls, desc: Any, kind: StepKind) -> KindDescriptor:
         """The same batch, of a kind."""
         values = {f.name: getattr(desc, f.name) for f in fields(BatchExecutionDescriptor)}
@@ -47,7 +48,7 @@ def add_kinds(descs: list[Any]) -> list[Any]:
     found = []
     for desc in descs:
         found.append(desc)
-        if desc.uniform_token_count == 1 and getattr(desc, "num_ubatches", 1) == 1:
+        if desc.uniform_token_count == 1 and desc.num_ubatches == 1:
             kinds = (StepKind.FULL, StepKind.COMPRESSED)
             found += [KindDescriptor.of(desc, kind) for kind in kinds]
     return found

@@ -178,7 +178,7 @@ class GpuStepBuilder:
             step.seq_lens,
             n,
             self.shares,
-            StepKind.MIXED if self.is_dummy and step.kind is StepKind.FULL else step.kind,
+            StepKind.MIXED if self.is_dummy else step.kind,
         )
         if step.num_decodes:
             self._schedule_decodes(step)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
+from echokv_kernels.gpu.softmax import add_weights
 from echokv_kernels.gpu.tiles import load_pages
 
 
@@ -70,7 +71,7 @@ def exact_decode_kernel(
     cache_ptr += head.to(tl.int64) * stride_head
     page = load_pages(table_ptr, part * BLOCK_T + slot, num_tokens, BLOCK_SIZE)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, BLOCK_T], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     for first in tl.range(part * BLOCK_T, num_tokens, num_parts * BLOCK_T, num_stages=STAGES):
         position = first + slot
@@ -83,15 +84,11 @@ def exact_decode_kernel(
         page = load_pages(table_ptr, position + num_parts * BLOCK_T, num_tokens, BLOCK_SIZE)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        # Every tile has a token, so the maximum is finite from the first one on.
-        largest = tl.maximum(maximum, tl.max(scores, 1))
-        keep = tl.exp2(maximum - largest)
-        weights = tl.exp2(scores - largest[:, None])
-        total = total * keep + tl.sum(weights, 1)
+        weights, keep, maximum, total = add_weights(scores, maximum, total)
         acc = tl.dot(weights.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
-        maximum = largest
+    seen = tl.sum(total, 1)
     out_ptrs = out_ptr + (out_row * HEAD_DIM)[:, None] + element[None, :]
-    out = acc / total[:, None]
+    out = acc / seen[:, None]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask)
-    lse = (maximum + tl.log2(total)) * LN_2
+    lse = (maximum + tl.log2(seen)) * LN_2
     tl.store(lse_ptr + out_row, lse, mask=real)

@@ -15,21 +15,8 @@ import triton.language as tl
 from echokv_kernels.gpu.absorb import line_of, ready_line
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
+from echokv_kernels.gpu.softmax import add_weights
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
-
-
-@triton.jit
-def add_weights(
-    scores,  # [R, T] float32, log2
-    maximum,  # [R] float32
-    total,  # [R, T] float32
-):
-    """One online softmax step: weights, the factor of older sums, maximum, total."""
-    largest = tl.maximum(maximum, tl.max(scores, 1))
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    keep = tl.exp2(maximum - base)
-    weights = tl.exp2(scores - base[:, None])
-    return weights, keep, largest, total * keep[:, None] + weights
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from echokv_kernels.step_plan import Shares, StepKind, StepPlan, check_step
 
 PAGE_BLOCK = 1024  # columns of a block table per round of a program
 PAGE_WARPS = 8
+FULL, COMPRESSED = tl.constexpr(int(StepKind.FULL)), tl.constexpr(int(StepKind.COMPRESSED))
 
 
 @triton.jit
@@ -131,9 +132,9 @@ def _rows_kernel(
             PAGE_BLOCK,
         )
         compressed = num_missing > 0
-        if (kind == 1) & compressed:
+        if (kind == FULL) & compressed:
             tl.store(broken_ptr, 1)
-        compressed = compressed | ((kind == 2) & is_decode)
+        compressed = compressed | ((kind == COMPRESSED) & is_decode)
         tl.store(compressed_ptr + request, compressed.to(tl.int32))
         tl.store(lens_ptr + row, tl.where(is_decode & compressed, 0, seq_len))
         usable = is_decode | (num_missing == 0)

@@ -111,8 +111,8 @@ def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch
     scale = HEAD_DIM**-0.5
     attend_context(query, heads, batch, scratch, shape, DECODE, rotation(), scale)
     combine(
-        output, query, key, value, query[:, : 2 * GROUP], torch.zeros(n, 2 * GROUP, device=device),
-        heads, batch, scratch, scale,
+        output, query, key, value, query[:, None, : 2 * GROUP],
+        torch.zeros(n, 1, 2 * GROUP, device=device), heads, batch, scratch, scale,
     )  # fmt: skip
     return output
 
