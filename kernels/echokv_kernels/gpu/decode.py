@@ -109,7 +109,7 @@ def _launch_absorbed(
     rotation: RotationTable,
     scale_log2: float,
 ) -> None:
-    """Fills `scratch.sums`, `maximum` and `total`; arguments as in `attend_context`."""
+    """Fills the scratch's items; arguments as in `attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
     head_dim, dim_pad, itemsize = maps.head_dim, heads.dim_pad, maps.key.element_size()
     arguments = [
@@ -119,7 +119,8 @@ def _launch_absorbed(
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.line_end, plan.share_len,
         rotation.coarse, rotation.fine, scratch.absorbed, scratch.offset,
     ]  # fmt: skip
-    results = [scratch.sums, scratch.maximum, scratch.total]
+    fused = _is_fused(heads, shape, tiles)
+    results = [_items(heads, scratch, fused), scratch.maximum, scratch.total]
     numbers = [
         batch.num_reqs, scratch.max_lines, query.stride(0), query.stride(1),
         batch.retained_table.stride(0), plan.exact.stride(0), features.block_stride, scale_log2,
@@ -140,7 +141,7 @@ def _launch_absorbed(
         **_rotation_constants(heads, shape, rotation),
     )
     grid = (scratch.num_programs,)
-    if tiles.is_fused(heads.echo_pad, features.num_heads * dim_pad, itemsize):
+    if fused:
         fused_decode_kernel[grid](
             *arguments, *results, *numbers,
             BLOCK_T=min(shape.block_len, tiles.fused_len),
@@ -201,11 +202,24 @@ def attend_context(
         launch = _launch_absorbed
         _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
     launch(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
-    _launch_reduce(heads, batch, scratch)
+    _launch_reduce(heads, batch, scratch, _is_fused(heads, shape, tiles))
 
 
-def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
-    """Fills `scratch.mean` and `lse` from the items."""
+def _is_fused(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> bool:
+    """Whether one loop takes keys and values, and leaves means of its items instead of sums."""
+    width = heads.features.num_heads * heads.dim_pad
+    itemsize = heads.maps.key.element_size()
+    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, width, itemsize)
+
+
+def _items(heads: EchoedHeads, scratch: DecodeScratch, means: bool) -> torch.Tensor:
+    return scratch.sums.view(heads.maps.key.dtype) if means else scratch.sums
+
+
+def _launch_reduce(
+    heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch, means: bool
+) -> None:
+    """Fills `scratch.mean` and `lse` from the items, which hold `means` or sums."""
     maps = heads.maps
     items, columns = REDUCE.tile(heads.group_pad, maps.head_dim)
     size = mean_size(heads)
@@ -213,12 +227,13 @@ def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratc
     per_request = max(1, min(num_parts, REDUCE.programs // batch.num_reqs))
     reduce_kernel[(batch.num_reqs, per_request)](
         heads.row_source, batch.plan.items,
-        scratch.sums, scratch.maximum, scratch.total, scratch.mean, scratch.lse,
+        _items(heads, scratch, means), scratch.maximum, scratch.total, scratch.mean, scratch.lse,
         NUM_ROWS=heads.num_rows,
         ROW_PAD=heads.row_pad,
         GROUP_PAD=heads.group_pad,
         COLUMNS=columns,
         ITEMS=items,
+        MEANS=means,
         MEAN_SIZE=size,
         num_warps=1,
         **overlap(maps.key.device),

@@ -160,7 +160,7 @@ def fused_decode_kernel(
     fine_ptr,
     absorbed_ptr,  # [max_lines + programs * NUM_BLOCKS, NUM_ECHOED * GROUP, F]
     offset_ptr,  # the same without F, float32
-    sum_ptr,  # [items, ROW_PAD, F] float32
+    mean_ptr,  # [items, ROW_PAD, F], cache dtype
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     num_requests,
@@ -228,7 +228,7 @@ def fused_decode_kernel(
         query = query_ptr + token * stride_query_token
         table = table_ptr + request.to(tl.int64) * stride_table
         exact = exact_ptr + request.to(tl.int64) * stride_exact
-        sums = sum_ptr + item * (ROW_PAD * F)
+        means = mean_ptr + item * (ROW_PAD * F)
         item_start = (position - before).to(tl.int32)
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         own_ptrs = query + own_head[:, None] * stride_query_head + element[None, :]
@@ -274,14 +274,21 @@ def fused_decode_kernel(
         maximum, total, own_maximum, own_total = state
         is_row, is_own = row < SUM_ROWS, own < OWN_ROWS
         item_row = item * ROW_PAD
+        weight, own_weight = tl.sum(total, 1), tl.sum(own_total, 1)
         tl.store(maximum_ptr + item_row + row, maximum, mask=is_row)
-        tl.store(total_ptr + item_row + row, tl.sum(total, 1), mask=is_row)
+        tl.store(total_ptr + item_row + row, weight, mask=is_row)
         tl.store(maximum_ptr + item_row + ECHO_ROWS + own, own_maximum, mask=is_own)
-        tl.store(total_ptr + item_row + ECHO_ROWS + own, tl.sum(own_total, 1), mask=is_own)
-        out = sums + row[:, None] * F + element[None, :]
+        tl.store(total_ptr + item_row + ECHO_ROWS + own, own_weight, mask=is_own)
+        # Means, not sums: 16 bits hold them, and half as many bytes wait at the end.
+        weight = 1.0 / tl.where(weight > 0, weight, 1.0)
+        own_weight = 1.0 / tl.where(own_weight > 0, own_weight, 1.0)
+        dtype = mean_ptr.dtype.element_ty
+        out = means + row[:, None] * F + element[None, :]
         for source in tl.static_range(NUM_SOURCES):
             wanted = (row_source == -1) | (row_source == source)
-            tl.store(out + source * HEAD_DIM, acc[source], mask=wanted[:, None] & known[None, :])
-        own_out = sums + (ECHO_ROWS + own)[:, None] * F + (own_source * HEAD_DIM)[:, None]
-        tl.store(own_out + element[None, :], own_acc, mask=own_mask)
+            mean = (acc[source] * weight[:, None]).to(dtype)
+            tl.store(out + source * HEAD_DIM, mean, mask=wanted[:, None] & known[None, :])
+        own_out = means + (ECHO_ROWS + own)[:, None] * F + (own_source * HEAD_DIM)[:, None]
+        own_mean = (own_acc * own_weight[:, None]).to(dtype)
+        tl.store(own_out + element[None, :], own_mean, mask=own_mask)
         position = behind

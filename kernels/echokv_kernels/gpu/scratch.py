@@ -86,7 +86,8 @@ class DecodeScratch:
         absorbed: one dimension, cache dtype: those lines, then the lines of each program's chunk.
         offset: float32, their score offsets (key bias).
         scores: float32, [num_programs, chunk_len * row_pad].
-        sums: float32, [programs + max_reqs, row_pad * F], each work item's weighted features.
+        sums: float32, [programs + max_reqs, row_pad * F], each work item's weighted features; the
+            fused kernel writes their means, cache dtype, to the same memory.
         maximum, total: [programs + max_reqs, row_pad] float32, its softmax state.
         mean: [max_reqs, mean_size], cache dtype, each request's features over all its items.
         lse: [max_reqs, rows] float32, log2, of the same.
