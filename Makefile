@@ -4,12 +4,13 @@ VENV := .venv
 VLLM ?= 0.31.0
 CONTRACT_VENV := .venv-$(basename $(VLLM))
 
-.PHONY: help setup demo test nightly gpu lint contract clean
+.PHONY: help setup demo test nightly gpu sanitize lint contract clean
 
 help:
 	@echo "make demo                   serve the tiny model on a CPU and compare the modes"
 	@echo "make test                   ruff, mypy and the tests that need no GPU"
 	@echo "make gpu                    the tests that need a GPU"
+	@echo "make sanitize               a small sweep of the kernels under compute-sanitizer, on a GPU"
 	@echo "make nightly                the long tests: 2,000-request fuzz, reference model, processes"
 	@echo "make contract VLLM=0.31.0   tests/contract against another vLLM (0.31.0, 0.33.0)"
 	@echo "make lint                   ruff and mypy only"
@@ -40,6 +41,15 @@ nightly: setup
 gpu:
 	$(PYTHON) -m pip install --no-deps --quiet .
 	pytest -n 4 --dist loadfile -m gpu
+
+# Every kernel at a few shapes; each launch takes many times as long as without. PyTorch's cache of
+# freed memory would hide what lies outside a tensor.
+SWEEP := plain or parts or stamped or both_groups or random_batches or softmax or \
+	matches_reference or prefill_tile
+sanitize:
+	$(PYTHON) -m pip install --no-deps --quiet .
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest -n 8 -m gpu -k "cuda and ($(SWEEP))" tests/kernels/gpu
 
 contract:
 	$(PYTHON) requirements/install_cpu.py --venv $(CONTRACT_VENV) --vllm $(VLLM)
