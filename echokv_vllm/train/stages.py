@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -235,7 +236,8 @@ class Stages:
             )
 
         self._material.model.requires_grad_(False)
-        maps, descent = training.run(save, self._progress, saved)
+        with tensor_cores(stage == "II" and self._device.type == "cuda"):
+            maps, descent = training.run(save, self._progress, saved)
         self._carried.descents.append(descent)
         return maps
 
@@ -302,6 +304,22 @@ class Stages:
             lambda batches: self._progress(batches, name, "batch"),
         )  # fmt: skip
         return fit
+
+
+@contextmanager
+def tensor_cores(wanted: bool) -> Iterator[None]:
+    """Products of float32 matrices in TF32 where `wanted`, for as long as the context lasts.
+
+    Its 10 bits of mantissa are more than the 7 that maps keep in a bfloat16 cache, and gradients
+    are noisier than that; a closed form is not, so it stays in float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _whitening_of(saved: SavedState, device: torch.device) -> Whitening | None:

@@ -16,6 +16,7 @@ from echokv_vllm.checkpoint import CURVES_FILE, TENSOR_FILE, EchoCheckpoint
 from echokv_vllm.cli import main as cli
 from echokv_vllm.train import TrainOptions, train
 from echokv_vllm.train.descent import DivergenceError, Training
+from echokv_vllm.train.stages import tensor_cores
 
 STATE = ".checkpoint.training"
 
@@ -306,6 +307,26 @@ def test_tensorboard_must_be_installed(options, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"needs the package tensorboard"):
         train(dataclasses.replace(options, tensorboard=str(tmp_path / "board")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensor_cores_are_for_stage2_on_a_gpu_alone(options, monkeypatch):
+    seen = []
+    run = Training.run
+
+    def noting(self, *args):
+        seen.append((self._settings.stage, torch.get_float32_matmul_precision()))
+        return run(self, *args)
+
+    monkeypatch.setattr(Training, "run", noting)
+    options = dataclasses.replace(
+        options, stage1="sgd", stage1_steps=1, stage2_steps=1, whiten=False
+    )
+    train(dataclasses.replace(options, stage2="kl"))
+    assert seen == [("I", "highest"), ("II", "highest")], "a CPU stays exact"
+    with pytest.raises(RuntimeError), tensor_cores(True):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_auto_is_no_stage2_on_a_cpu(options):
