@@ -142,14 +142,12 @@ def _launch_absorbed(
     )
     grid = (scratch.num_programs,)
     if fused:
-        held = shape.rotation_block == 0 or shape.rotation_block >= tiles.hold_from
         fused_decode_kernel[grid](
             *arguments, *results, *numbers,
             BLOCK_T=min(shape.block_len, tiles.fused_len),
             ECHO_PAD=heads.echo_pad,
             OWN_PAD=heads.own_pad,
-            ONE_BLOCK=held,
-            CACHED=not held and features.num_heads * dim_pad <= tiles.cached_width,
+            ONE_BLOCK=shape.rotation_block == 0 or shape.rotation_block >= tiles.hold_from,
             STAGES=tiles.fused_stages,
             **constants,
         )  # fmt: skip

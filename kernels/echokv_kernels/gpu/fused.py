@@ -53,13 +53,11 @@ def fused_tiles(
     OWN_PAD: tl.constexpr,
     DIM_PAD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    CACHED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Softmax state and weighted value features after the positions [start, stop).
 
     ONE_BLOCK: they share a rotation block, whose absorbed queries stay in shared memory.
-    CACHED: else they come from the L1 cache for every tile, instead of from the L2 cache ahead.
     """
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     row = tl.arange(0, ECHO_PAD)
@@ -89,25 +87,12 @@ def fused_tiles(
         block = 0
         if not ONE_BLOCK:
             block = first // ROTATION_BLOCK - start // ROTATION_BLOCK
-        held = queries
-        if CACHED:
-            held = ()
-            for source in tl.static_range(NUM_SOURCES):
-                a = tl.zeros([ECHO_PAD, DIM_PAD], absorbed_ptr.dtype.element_ty)
-                # Always so. What stands behind a condition stays a load; else it would become an
-                # asynchronous copy, and those pass the L1 cache by.
-                if first < stop:
-                    a = load_absorbed(
-                        absorbed_ptr, own_ptrs, row_source, block, source, ECHO_ROWS, F, HEAD_DIM,
-                        ECHO_PAD, DIM_PAD, JOINT,
-                    )  # fmt: skip
-                held += (a,)  # type: ignore[assignment]
         scores = tl.zeros([ECHO_PAD, BLOCK_T], tl.float32)
         own_scores = tl.zeros([OWN_PAD, BLOCK_T], tl.float32)
         for source in tl.static_range(NUM_SOURCES):
             key = tl.load(x_ptrs + offsets[source], mask=x_mask, other=0.0)
-            if ONE_BLOCK or CACHED:
-                a = held[source]
+            if ONE_BLOCK:
+                a = queries[source]
             else:
                 a = load_absorbed(
                     absorbed_ptr, own_ptrs, row_source, block, source, ECHO_ROWS, F, HEAD_DIM,
@@ -210,7 +195,6 @@ def fused_decode_kernel(
     HALF_PAD: tl.constexpr,
     STAGES: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    CACHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Persistent programs; see the module's docstring."""
@@ -285,8 +269,7 @@ def fused_decode_kernel(
                     state, acc, own_acc, tl.maximum(start, begin),
                     tl.minimum(stop, begin + size), seq_len, scale_log2, ROTATION_BLOCK, ECHO_ROWS,
                     JOINT, OWN_ROWS > 0, NUM_SOURCES, HEAD_DIM, HAS_BIAS, BLOCK_SIZE,
-                    RESIDUAL_BLOCK_SIZE, BLOCK_T, ECHO_PAD, OWN_PAD, DIM_PAD, ONE_BLOCK,
-                    CACHED, STAGES,
+                    RESIDUAL_BLOCK_SIZE, BLOCK_T, ECHO_PAD, OWN_PAD, DIM_PAD, ONE_BLOCK, STAGES,
                 )  # fmt: skip
         maximum, total, own_maximum, own_total = state
         is_row, is_own = row < SUM_ROWS, own < OWN_ROWS

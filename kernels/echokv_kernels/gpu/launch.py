@@ -30,7 +30,6 @@ class DecodeTiles:
         fused_stages: depth of its pipeline.
         hold_from: rotation blocks from this length on get their absorbed queries once, at the
             price of a pipeline that begins anew with each of them.
-        cached_width: absorbed queries of up to so many features are read through the L1 cache.
         max_sums: sums a program may hold in registers, echoed rows times features.
         shared_bytes: shared memory that pipelines may take.
         min_share_len: tokens of a program, at least; shorter shares cost more to combine than they
@@ -51,7 +50,6 @@ class DecodeTiles:
     fused_len: int = 32
     fused_stages: int = 2
     hold_from: int = 1024
-    cached_width: int = 0
     max_sums: int = 32 * 512
     shared_bytes: int = 200 * 1024
     min_share_len: int = 128

@@ -27,7 +27,7 @@ class Scene:
         residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
         interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
         full=(1,), chunk_len=128, num_programs=3, max_lines=6, num_retained=HEADS, seed=0,
-        fused_bytes=1024, cached_width=0, num_parts=1,
+        fused_bytes=1024, num_parts=1,
     ):  # fmt: skip
         self.kit, self.device, self.dtype = kit, device, dtype
         self.rotation_block, self.group, self.full = rotation_block, group, full
@@ -72,7 +72,7 @@ class Scene:
         self.exact_out[self.exact_lens == 0] = float("nan")
         self.exact_lse[self.exact_lens == 0] = float("nan")
         self.chunk_len, self.num_programs, self.max_lines = chunk_len, num_programs, max_lines
-        self.fused_bytes, self.cached_width, self.num_parts = fused_bytes, cached_width, num_parts
+        self.fused_bytes, self.num_parts = fused_bytes, num_parts
 
     def plan(self, align):
         n, batch = len(self.batch.query_lens), self.batch
@@ -117,7 +117,6 @@ class Scene:
             value_width=2 * self.batch.head_dim,
             value_len=64,
             fused_bytes=self.fused_bytes,
-            cached_width=self.cached_width,
             hold_from=256,
         )
         shape = DecodeShape.of(self.rotation_block, tiles)
@@ -289,15 +288,6 @@ def test_two_loops(kit, device, variant, rotation_block):
     for dtype in DTYPES[device.type]:
         Scene(
             kit, device, rotation_block, dtype=dtype, fused_bytes=0, **VARIANTS[variant]
-        ).check()  # fmt: skip
-
-
-@pytest.mark.parametrize("rotation_block", [16, 64, 256])
-@pytest.mark.parametrize("variant", ["plain", "layers", "group of 3"])
-def test_absorbed_queries_by_way_of_the_l1_cache(kit, device, variant, rotation_block):
-    for dtype in DTYPES[device.type]:
-        Scene(
-            kit, device, rotation_block, dtype=dtype, cached_width=512, **VARIANTS[variant]
         ).check()  # fmt: skip
 
 
