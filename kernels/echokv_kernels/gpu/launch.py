@@ -236,10 +236,12 @@ class UnrotatedTiles:
 
 
 # Checked by: python benchmarks/kernels/decode.py OUT_FOLDER (H200, Llama-3.1-8B's shape, bf16).
-# local-0.5, rotation block 256, 262,144 tokens, decode kernel alone: 149-153 us; with tiles of 16
+# local-0.5, rotation block 256, 262,144 tokens, decode kernel alone: 148 us; with tiles of 16
 # tokens 186, with one program per multiprocessor 197, holding queries from blocks of 256 on 159,
-# two loops 168. Absorbing 64 blocks at a time: limits on registers below 255 spill and double its
-# time. Reducing with four warps 14 us, with one 5.
+# two loops 168, queries by way of the L1 cache 205. local-0.25, rotation block 64: 93 us; with
+# tiles of 64 tokens 91, with three programs per multiprocessor (168 registers) 117. Absorbing 64
+# blocks at a time: limits on registers below 255 spill and double its time. Reducing with four
+# warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
 EXACT = ExactTiles()

@@ -47,7 +47,8 @@ def load_absorbed(
 ):
     """Rows' queries of one source head, [ROW_PAD, DIM_PAD]: absorbed, or own where it is theirs.
 
-    Tiles of one rotation block find them in the L1 cache.
+    In a pipelined loop these are asynchronous copies like those of the features, so every tile
+    reads them from the L2 cache again (launch.py says what holding them costs).
     """
     row = tl.arange(0, ROW_PAD)
     element = tl.arange(0, DIM_PAD)
@@ -58,4 +59,4 @@ def load_absorbed(
         a_ptrs = tl.where(wanted, a_ptrs, own_ptrs)
         wanted = wanted | (row_source == source)
     mask = wanted[:, None] & (element < HEAD_DIM)[None, :]
-    return tl.load(a_ptrs[:, None] + element[None, :], mask=mask, other=0.0, cache_modifier=".ca")
+    return tl.load(a_ptrs[:, None] + element[None, :], mask=mask, other=0.0)
