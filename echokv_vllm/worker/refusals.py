@@ -10,8 +10,10 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-# Drafts that own no KV cache write no pages that would escape the stamps.
-_CACHELESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+# Drafts that own no KV cache write no pages that would escape the stamps. Not ngram_gpu: vLLM then
+# schedules ahead of the drafts' verdict and bounds lengths as if all were accepted, but where a
+# prompt chunk ends must be known on the host (`compat.host_seq_lens`).
+_SERVED_DRAFTS = ("ngram", "suffix")
 
 
 class UnsupportedModelError(ValueError):
@@ -40,10 +42,11 @@ def check_vllm_config(vllm_config: Any) -> None:
             f"Serve one of {', '.join(SUPPORTED_ARCHITECTURES)}",
         )
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in _CACHELESS_DRAFTS:
+    method = None if speculative is None else speculative.method
+    if method is not None and method not in _SERVED_DRAFTS:
         _refuse(
-            f"speculative decoding with a draft model (method {speculative.method!r})",
-            f"Use one of {', '.join(_CACHELESS_DRAFTS)}",
+            f"speculative decoding with a draft model or on the GPU (method {method!r})",
+            f"Use one of {', '.join(_SERVED_DRAFTS)}",
         )
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector

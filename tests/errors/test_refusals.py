@@ -47,7 +47,11 @@ CONFIG_ROWS = {
     ),
     "draft model": (
         dict(speculative_config=SimpleNamespace(method="eagle3")),
-        ["draft model (method 'eagle3')", "Use one of ngram"],
+        ["draft model or on the GPU (method 'eagle3')", "Use one of ngram, suffix"],
+    ),
+    "drafts whose verdict comes later": (
+        dict(speculative_config=SimpleNamespace(method="ngram_gpu")),
+        ["on the GPU (method 'ngram_gpu')", "Use one of ngram, suffix"],
     ),
     "KV connector": (
         dict(kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector")),
