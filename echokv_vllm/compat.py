@@ -129,7 +129,15 @@ def register_backend_name() -> None:
     else:
         # vLLM 0.31 cannot add members; a second name for its CUSTOM member does the same
         # and pickles as CUSTOM. Remove with 0.31.
-        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+        custom = AttentionBackendEnum.CUSTOM
+        if custom.is_overridden() and custom.get_path() != BACKEND_PATH:
+            logger.warning(
+                "EchoKV: --attention-backend echokv is not available: vLLM %s has one place for "
+                "other backends, and %s took it. Uninstall one of the two plugins, or use vLLM "
+                "0.32 or later.", vllm_version(), custom.get_path(),
+            )  # fmt: skip
+            return
+        register_backend(custom, BACKEND_PATH)
         AttentionBackendEnum._member_map_[BACKEND] = AttentionBackendEnum.CUSTOM
     # Symptom: spawned engine processes die with "not a valid AttentionBackendEnum".
     # Cause: the config is pickled by value and unpickled before plugins are loaded there.
@@ -197,15 +205,13 @@ def patch_cpu_platform() -> None:
 
 
 def patch_scheduler() -> None:
-    """Symptom: KV cache managers cannot know a request's mode, and workers learn on the device
-    only which requests are compressed. Cause: vLLM hands managers request ids only, and has no
-    field for what they know of a step. Remove when managers see the request and may add to
-    the scheduler's output."""
+    """Symptom: KV cache managers cannot know a request's mode. Cause: vLLM hands them request ids
+    only. Remove when they see the request."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if is_patched(Scheduler, "add_request"):
         return
-    add, schedule = Scheduler.add_request, Scheduler.schedule
+    add = Scheduler.add_request
 
     @functools.wraps(add)
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,18 +230,29 @@ def patch_scheduler() -> None:
     add_request._echokv = True  # type: ignore[attr-defined]
     Scheduler.add_request = add_request
 
-    @functools.wraps(schedule)
-    def schedule_with_kind(self: Any, *args: Any, **kwargs: Any) -> Any:
+
+def patch_schedule() -> None:
+    """Symptom: workers learn on the device only which requests are compressed. Cause: KV cache
+    managers, which know before, have no field in the scheduler's output. Remove when they do."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if is_patched(Scheduler, "schedule"):
+        return
+    original = Scheduler.schedule
+
+    @functools.wraps(original)
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         from echokv_vllm import step_kind
         from echokv_vllm.scheduler.link import find_link
 
-        output = schedule(self, *args, **kwargs)
+        output = original(self, *args, **kwargs)
         link = find_link(self.kv_cache_manager.block_pool)
         if link is not None:
             step_kind.attach(output, link.step_kind(output.num_scheduled_tokens))
         return output
 
-    Scheduler.schedule = schedule_with_kind
+    schedule._echokv = True  # type: ignore[attr-defined]
+    Scheduler.schedule = schedule
 
 
 def patch_worker() -> None:
@@ -256,6 +273,15 @@ def patch_worker() -> None:
 
     execute_model._echokv = True  # type: ignore[attr-defined]
     WorkerWrapperBase.execute_model = execute_model
+
+
+def executor_hands_on_steps(parallel_config: Any) -> bool:
+    """Whether steps reach the model runner by way of `WorkerWrapperBase.execute_model`: not with
+    the first of vLLM's two Ray executors."""
+    from vllm import envs
+
+    executor = parallel_config.distributed_executor_backend
+    return executor != "ray" or bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
 
 
 def patch_input_processor() -> None:
@@ -306,10 +332,12 @@ def _check_length(vllm_config: Any, cache: dict[str, Any], request: Any) -> None
     if "limit" not in cache:
         cache["limit"] = full_mode_limit(vllm_config)
     max_model_len = vllm_config.model_config.max_model_len
-    prompt_len = len(request.prompt_token_ids or ())
+    prompt = request.prompt_token_ids
+    if prompt is None:
+        prompt = request.prompt_embeds
     max_tokens = request.sampling_params.max_tokens
     cache["limit"].check(
-        prompt_len, max_model_len if max_tokens is None else max_tokens, max_model_len
+        len(prompt), max_model_len if max_tokens is None else max_tokens, max_model_len
     )
 
 
@@ -350,15 +378,16 @@ def has_gpu_kernels(device: Any, dtype: Any, head_dim: int) -> bool:
 
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    from echokv_vllm.worker.gpu.flash import flash_version
+    from echokv_vllm.worker.gpu.flash import is_served
 
-    return flash_version(head_dim) is not None
+    return is_served(head_dim)
 
 
 def host_seq_lens(common: Any) -> Any:
     """Bounds of the sequence lengths on the host, [>= n] int32; exact for prompt chunks.
 
-    0.31 has ``seq_lens_cpu`` beside or instead of the name 0.32 introduced.
+    Only of drafts whose verdict is still out vLLM knows no better than a bound; those are refused
+    (`worker.refusals`). 0.31 has ``seq_lens_cpu`` beside or instead of the name 0.32 introduced.
     """
     lens = getattr(common, "seq_lens_cpu_upper_bound", None)
     return lens if lens is not None else common.seq_lens_cpu

@@ -26,4 +26,6 @@ def register() -> None:
     compat.patch_cpu_platform()
     if not missing:
         compat.patch_scheduler()
+        if not compat.missing_hooks(compat.GRAPH_HOOKS):
+            compat.patch_schedule()
         compat.patch_input_processor()

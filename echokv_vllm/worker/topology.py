@@ -180,12 +180,17 @@ class EchoWorker:
             )
             self.steps = self.gpu.steps
         elif device.type == "cuda":
+            from echokv_vllm.worker.gpu.flash import SERVED_VERSIONS, flash_version
+
             logger.warning(
                 "EchoKV: %s with heads of %d elements runs on the portable path, without CUDA "
-                "graphs and several times slower; use float16 or bfloat16 on a GPU that vLLM's "
-                "FlashAttention supports",
+                "graphs and several times slower; the GPU path needs float16 or bfloat16 and "
+                "vLLM's FlashAttention in version %s, and vLLM has version %s for this GPU "
+                "(--attention-config.flash_attn_version asks for another)",
                 model_config.dtype,
                 self.rotary.head_dim,
+                " or ".join(map(str, SERVED_VERSIONS)),
+                flash_version(self.rotary.head_dim),
             )
 
     def adopt_layers(self) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,49 @@ def test_plugin_without_the_name_hooks_only_warns(monkeypatch, messages):
     plugin.register()
     (message,) = messages
     assert compat.NAME_HOOKS[1] in message
+
+
+def test_one_place_for_other_backends_is_not_taken_from_another_plugin(monkeypatch, messages):
+    """vLLM 0.31 has the member CUSTOM and can add none."""
+    calls = []
+    registry = SimpleNamespace(
+        AttentionBackendEnum=SimpleNamespace(
+            __members__={},
+            CUSTOM=SimpleNamespace(is_overridden=lambda: True, get_path=lambda: "other.Backend"),
+        ),
+        register_backend=lambda *arguments: calls.append(arguments),
+    )
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", registry)
+    compat.register_backend_name()
+    assert calls == []
+    (message,) = messages
+    assert "other.Backend took it" in message and "not available" in message
+
+
+def test_steps_go_past_workers_with_the_first_ray_executor_alone(monkeypatch):
+    def reach(executor, value=None):
+        if value is not None:
+            monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", value)
+        config = SimpleNamespace(distributed_executor_backend=executor)
+        return compat.executor_hands_on_steps(config)
+
+    assert reach("uni") and reach("mp") and reach(None) and reach("ray", "1")
+    assert not reach("ray", "0")
+
+
+@pytest.mark.slow
+def test_a_vllm_without_the_graph_hooks_still_serves():
+    script = """
+from echokv_vllm import compat
+compat.GRAPH_HOOKS += ("vllm.no_module:x",)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.core.sched.scheduler import Scheduler
+assert compat.is_patched(Scheduler, "add_request")
+assert not compat.is_patched(Scheduler, "schedule")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

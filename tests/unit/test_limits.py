@@ -1,7 +1,11 @@
 """How long a request pinned to full mode may become."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from echokv_vllm import compat
 from echokv_vllm.config import EchoConfigError
 from echokv_vllm.limits import FullModeLimit
 
@@ -25,6 +29,19 @@ def test_a_request_that_can_outgrow_the_pool_is_refused() -> None:
     limit.check(400, 16, 512)
     with pytest.raises(EchoConfigError, match=r"may reach 480 tokens.*holds 416 tokens.*auto"):
         limit.check(400, 80, 512)
+
+
+@pytest.mark.parametrize("given", ["tokens", "embeddings"])
+def test_prompts_of_either_form_count(given: str) -> None:
+    """An uncounted prompt would wait for ever, at the head of the queue."""
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    request = SimpleNamespace(
+        prompt_token_ids=[1] * 410 if given == "tokens" else None,
+        prompt_embeds=None if given == "tokens" else torch.zeros(410, 8),
+        sampling_params=SimpleNamespace(max_tokens=8),
+    )
+    with pytest.raises(EchoConfigError, match="prompt 410, max_tokens 8"):
+        compat._check_length(config, {"limit": FullModeLimit(16, 16, 53)}, request)
 
 
 def test_the_model_length_bounds_what_a_request_can_reach() -> None:

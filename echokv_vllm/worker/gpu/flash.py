@@ -12,12 +12,20 @@ from vllm.v1.attention.backends import fa_utils
 AOT_VERSION = 3  # the version that takes a schedule made ahead of time
 
 
+SERVED_VERSIONS = (2, 3)
+
+
 def flash_version(head_dim: int) -> int | None:
     """FlashAttention's version for this GPU and head size; None where vLLM has none."""
     if not fa_utils.is_flash_attn_varlen_func_available():
         return None
-    version = fa_utils.get_flash_attn_version(head_size=head_dim)
-    return version if version in (2, 3) else None
+    version: int | None = fa_utils.get_flash_attn_version(head_size=head_dim)
+    return version
+
+
+def is_served(head_dim: int) -> bool:
+    """Whether exact parts can go through vLLM's FlashAttention."""
+    return flash_version(head_dim) in SERVED_VERSIONS
 
 
 def keys_and_values(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
