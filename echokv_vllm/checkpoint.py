@@ -164,7 +164,8 @@ class EchoCheckpoint:
         report: str | None = None,
         curves: str | None = None,
     ) -> Path:
-        """Write the checkpoint so that `folder` is either complete or untouched.
+        """Write the checkpoint so that `folder` is complete or untouched, or absent if the process
+        is killed between two renames: what was overwritten is then beside it, `.NAME.old-*`.
 
         Args:
             folder: Where to put it; must be absent or empty unless `overwrite` is set.
@@ -284,8 +285,8 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
-    if old.exists():
-        shutil.rmtree(old)
+    # The new one is in place: what cannot be deleted of the old one is no failure to save.
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _resolve(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:

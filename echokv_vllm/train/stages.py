@@ -20,7 +20,7 @@ from echokv_vllm.train.distillation import Distillation
 from echokv_vllm.train.layerwise import KeyValueError, LayerwiseAttention
 from echokv_vllm.train.options import Descent, LayerErrors, TrainOptions
 from echokv_vllm.train.parameters import MapParameters, Whitening
-from echokv_vllm.train.stage1 import Fit, LayerStream, choose_ridges, shard_discarded, stream
+from echokv_vllm.train.stage1 import Fit, LayerStream, choose_ridges, stream
 from echokv_vllm.train.state import SavedState
 
 SaveState = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
@@ -139,9 +139,7 @@ class Stages:
         self._carried = _Carried()
         options = material.options
         generator = torch.Generator().manual_seed(options.seed)
-        highest = material.max_position - options.sequence_len
-        if material.fit_sequences.shape[1] != options.sequence_len:
-            highest = material.max_position - material.fit_sequences.shape[1]
+        highest = material.max_position - material.fit_sequences.shape[1]
         # Both drawn here, so that the held-out ones are the same whether the fit is done or not.
         self._fit_offsets, self._heldout_offsets = (
             torch.randint(0, highest + 1, (len(sequences),), generator=generator)
@@ -273,7 +271,7 @@ class Stages:
         plan, head_dim = self._material.plan, self._rotary.head_dim
         maps = {}
         for layer in range(plan.num_layers):
-            count = sum(len(shard_discarded(plan, layer, shard)) for shard in range(plan.shards))
+            count = len(plan.discarded(layer))
             if count:
                 size = len(plan.source_heads(layer, shard=0)) * head_dim
                 whole, constant = (count, size, head_dim), (count, head_dim)

@@ -69,6 +69,7 @@ class StepBuilder:
         self.residual_block_size = residual_block_size
         self.owner: torch.Tensor | None = None
         self.step: EchoStep | None = None
+        self.is_open = False
 
     def bind_pool(self, num_blocks: int, device: torch.device) -> None:
         """Makes fresh stamps; vLLM may bind the cache twice (graph memory profiling)."""
@@ -89,12 +90,16 @@ class StepBuilder:
             retained_slots=common.slot_mapping,
             tiles=split_queries(common.query_start_loc_cpu[: num_reqs + 1], seq_lens),
         )
+        self.is_open = True
         return self.step
 
     def complete(self, common: Any) -> EchoStep:
         """Adds the D group's tables; stamps this step's pages and finds the exact ones."""
         step, owner = self.step, self.owner
-        assert step is not None, "echokv: vLLM built the residual group's metadata first"
+        assert step is not None and self.is_open, (
+            "echokv: vLLM built the residual group's metadata first"
+        )
+        self.is_open = False
         assert owner is not None, "echokv: no KV cache is bound"
         sizes = (self.retained_block_size, self.residual_block_size)
         num_tokens = step.num_tokens

@@ -66,7 +66,7 @@ def test_decode_batches_are_captured_per_kind(patched: None) -> None:
     assert [desc for desc in found if not isinstance(desc, graphs.KindDescriptor)] == descs
     kinds = {(desc.num_tokens, getattr(desc, "kind", None)) for desc in found}
     assert kinds == {
-        (size, kind) for size in (8, 4) for kind in (None, StepKind.FULL, StepKind.COMPRESSED)
+        (size, kind) for size in (8, 4) for kind in (None, StepKind.COMPRESSED, StepKind.FULL)
     }
 
 
@@ -103,7 +103,7 @@ def test_what_is_captured_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs.patch_graph_manager()
     made = manager([descriptor(8)])
     made.capture(lambda desc, warmup: seen.append((desc, step_kind.current())))
-    assert [kind for _, kind in seen] == [StepKind.MIXED, StepKind.FULL, StepKind.COMPRESSED]
+    assert [kind for _, kind in seen] == [StepKind.MIXED, StepKind.COMPRESSED, StepKind.FULL]
     assert step_kind.current() is StepKind.MIXED
 
 

@@ -49,7 +49,8 @@ def add_kinds(descs: list[Any]) -> list[Any]:
     for desc in descs:
         found.append(desc)
         if desc.uniform_token_count == 1 and desc.num_ubatches == 1:
-            kinds = (StepKind.FULL, StepKind.COMPRESSED)
+            # vLLM takes the second graph's memory for that of all later ones: the larger kind.
+            kinds = (StepKind.COMPRESSED, StepKind.FULL)
             found += [KindDescriptor.of(desc, kind) for kind in kinds]
     return found
 

@@ -88,6 +88,7 @@ class GpuStepBuilder:
         self.device = device
         self.owner: torch.Tensor | None = None
         self.step: GpuStep | None = None
+        self.is_open = False
         compilation = vllm_config.compilation_config
         has_graphs = compilation.cudagraph_mode.has_full_cudagraphs()
         self.graph_size = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
@@ -152,12 +153,16 @@ class GpuStepBuilder:
             decodes=None,
             prefill=None,
         )
+        self.is_open = True
         return self.step
 
     def complete(self, common: Any) -> GpuStep:
         """Adds the D group's tables; stamps pages, plans the step, schedules stock attention."""
         step, owner = self.step, self.owner
-        assert step is not None, "echokv: vLLM built the residual group's metadata first"
+        assert step is not None and self.is_open, (
+            "echokv: vLLM built the residual group's metadata first"
+        )
+        self.is_open = False
         assert owner is not None, "echokv: no KV cache is bound"
         self._check_promises()
         n, tokens = step.num_reqs, slice(0, step.num_tokens)

@@ -197,7 +197,7 @@ def fused_decode_kernel(
     ONE_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Persistent programs; see the module's docstring."""
+    """Persistent programs, each with an equal share of all tokens (shares.py): its items."""
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
@@ -271,6 +271,8 @@ def fused_decode_kernel(
                     JOINT, OWN_ROWS > 0, NUM_SOURCES, HEAD_DIM, HAS_BIAS, BLOCK_SIZE,
                     RESIDUAL_BLOCK_SIZE, BLOCK_T, ECHO_PAD, OWN_PAD, DIM_PAD, ONE_BLOCK, STAGES,
                 )  # fmt: skip
+            # The next chunk may overwrite the program's own lines.
+            tl.debug_barrier()
         maximum, total, own_maximum, own_total = state
         is_row, is_own = row < SUM_ROWS, own < OWN_ROWS
         item_row = item * ROW_PAD
