@@ -5,12 +5,11 @@ where the plan allows it), beside it the echo kernels, which end at once for req
 compressed, and at last one kernel that combines both. A step known to be wholly full leaves out the
 echo kernels, one wholly compressed leaves out stock attention (`StepKind`). Prompt chunks: stock
 attention over R and D pages; for compressed requests the discarded heads go round by round through
-the workspace instead.
+the workspace instead (rounds.py).
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +17,12 @@ import torch
 from echokv_kernels.gpu.decode import attend_context, attend_exact, combine
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
-from echokv_kernels.gpu.merge import merge_partial, write_merged
-from echokv_kernels.gpu.rebuild import materialize
 from echokv_kernels.gpu.store import place_heads, store_pages
 from echokv_kernels.step_plan import StepKind
 from echokv_vllm.worker.gpu.flash import flash_prefill, keys_and_values
 from echokv_vllm.worker.gpu.memory import GpuMemory
-from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound, PrefillStep
+from echokv_vllm.worker.gpu.prefill import PrefillStep
+from echokv_vllm.worker.gpu.rounds import RoundAttention
 from echokv_vllm.worker.gpu.step import DISCARDED, PAIRED, RETAINED, WHOLE, GpuStep, GpuStepBuilder
 from echokv_vllm.worker.rank_plan import RankLayer
 from echokv_vllm.worker.topology import query_heads
@@ -60,20 +58,20 @@ class GpuAttention:
         device = impl.device
         self.layer, self.rank_layer = layer, rank_layer
         self.steps, self.memory, self.version = steps, memory, version
-        self.rotation_block, self.scale = rotation_block, impl.scale
+        self.scale = impl.scale
         self.group = impl.num_heads // impl.num_kv_heads
         self.head_dim = impl.head_size
         retained, discarded = rank_layer.retained, rank_layer.discarded
         self.head_places = place_heads(retained, discarded, device)
         self.row_order = query_heads((*retained, *discarded), self.group).to(device)
         self.in_order = (*retained, *discarded) == tuple(range(impl.num_kv_heads))
-        self.discarded = torch.tensor(discarded, dtype=torch.int32, device=device)
         self.num_retained_rows = len(retained) * self.group
         self.discarded_rows = self.row_order[self.num_retained_rows :].to(torch.int32)
         self.groups = groups
-        self.group_heads = [
-            torch.tensor(group.places, dtype=torch.int32, device=device) for group in groups
-        ]
+        self.rounds = RoundAttention(
+            impl, rank_layer.discarded, self.discarded_rows, groups, steps, memory, version,
+            rotation_block,
+        )  # fmt: skip
         # Retained heads that no echo group attends to must be read in full by stock attention.
         self.covers_retained = covers_retained(rank_layer, groups)
         self.retained_part = RETAINED if self.covers_retained else WHOLE
@@ -82,42 +80,6 @@ class GpuAttention:
     def bind(self) -> None:
         """Looks up where the pages lie; again whenever vLLM binds another cache."""
         self.echoed = [group.echoed(self.rank_layer.discarded, self.group) for group in self.groups]
-
-    def warm_up(self, max_model_len: int) -> None:
-        """Compiles the kernels of compressed prompt chunks, which capturing graphs does not run.
-
-        Otherwise the first chunk a server is given would wait for them. Nothing is written: the
-        only tile is unused and all tokens are padding.
-        """
-        assert self.echoed, "echokv: nothing is echoed in this layer, or no cache is bound"
-        device = self.discarded.device
-        plan, num_tokens = self.steps.plan, 16
-        impl = self.layer.impl
-        none = torch.zeros(2, dtype=torch.int32, device=device)
-        unused = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-        tables = [
-            torch.zeros(1, -(-max_model_len // size), dtype=torch.int32, device=device)
-            for size in (plan.retained_block_size, plan.residual_block_size)
-        ]
-        dtype = self.memory.workspace.dtype
-        fresh = torch.zeros(1, impl.num_kv_heads, self.head_dim, dtype=dtype, device=device)
-        workspace = self._workspace(1)
-        for heads, group_heads in zip(self.echoed, self.group_heads, strict=True):
-            materialize(
-                workspace, unused[:1], none[:1], heads.features, heads.maps, group_heads,
-                impl.residual_layer.kv_cache, tables[1], plan.exact, plan.compressed, tables[0],
-                none[:1], none[:1], none, fresh, fresh, self.discarded, self.memory.rotation,
-                self.rotation_block,
-            )  # fmt: skip
-        merged, lse = self._merge_buffers(num_tokens)
-        part = torch.zeros(merged.shape, dtype=dtype, device=device)
-        for is_first in (True, False):
-            merge_partial(
-                merged, lse, part, torch.zeros_like(lse), unused, plan.compressed,
-                first_token=0, is_first=is_first,
-            )  # fmt: skip
-        output = torch.zeros(num_tokens, impl.num_heads, self.head_dim, dtype=dtype, device=device)
-        write_merged(output, merged, self.discarded_rows, unused, plan.compressed)
 
     def has_paired_pages(self) -> bool:
         """Whether the D page of a block lies where its R page would."""
@@ -340,18 +302,10 @@ class GpuAttention:
             )  # fmt: skip
         if not self.in_order:
             output[tokens].index_copy_(1, self.row_order, out)
-        if residual_cache is None or not prefill.rounds:
-            return
-        merged, merged_lse = self._merge_buffers(prefill.num_tokens)
-        for round_ in prefill.rounds:
-            self._attend_round(
-                rows[:, half:], key, value, residual_cache, step, prefill, round_, merged,
-                merged_lse,
-            )  # fmt: skip
-        write_merged(
-            output[tokens], merged, self.discarded_rows, prefill.token_request,
-            self.steps.plan.compressed,
-        )  # fmt: skip
+        if residual_cache is not None and prefill.rounds:
+            self.rounds.attend(
+                rows[:, half:], key, value, residual_cache, self.echoed, step, output[tokens]
+            )
 
     def _attend_pages(
         self,
@@ -365,51 +319,6 @@ class GpuAttention:
         flash_prefill(
             self.version, rows, *keys_and_values(cache), table, lens, prefill.max_seq_len,
             prefill.query_start_loc, prefill.max_query_len, out, self.scale, causal=True,
-        )  # fmt: skip
-
-    def _merge_buffers(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = len(self.rank_layer.discarded) * self.group
-        shape = (num_tokens, rows, self.head_dim)
-        merged = self.memory.merged[: num_tokens * rows * self.head_dim].view(shape)
-        return merged, self.memory.merged_lse[: num_tokens * rows].view(rows, num_tokens)
-
-    def _workspace(self, num_tiles: int) -> torch.Tensor:
-        """[num_tiles, TILE, nd, 2, d]"""
-        shape = (num_tiles, TILE, len(self.rank_layer.discarded), 2, self.head_dim)
-        return self.memory.workspace[: math.prod(shape)].view(shape)
-
-    def _attend_round(
-        self,
-        rows: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        residual_cache: torch.Tensor,
-        step: GpuStep,
-        prefill: PrefillStep,
-        round_: PrefillRound,
-        merged: torch.Tensor,
-        merged_lse: torch.Tensor,
-    ) -> None:
-        """One round of compressed chunks: fill the workspace, attend, merge."""
-        workspace, plan = self._workspace(round_.tile_request.shape[0]), self.steps.plan
-        for heads, group_heads in zip(self.echoed, self.group_heads, strict=True):
-            materialize(
-                workspace, round_.tile_request, round_.tile_start, heads.features, heads.maps,
-                group_heads, residual_cache, step.residual_table, plan.exact, plan.compressed,
-                step.retained_table, step.seq_lens, step.context_lens, step.query_start_loc, key,
-                value, self.discarded, self.memory.rotation, self.rotation_block,
-            )  # fmt: skip
-        tokens = slice(round_.first_token, round_.first_token + round_.num_tokens)
-        part = self.memory.part[: round_.num_tokens * rows.shape[1] * self.head_dim]
-        part = part.view(round_.num_tokens, rows.shape[1], self.head_dim)
-        lse = flash_prefill(
-            self.version, rows[tokens], workspace[:, :, :, 0], workspace[:, :, :, 1],
-            round_.table, round_.lens, round_.max_len, round_.query_start_loc,
-            round_.max_query_len, part, self.scale, causal=round_.is_chunk,
-        )  # fmt: skip
-        merge_partial(
-            merged, merged_lse, part, lse, prefill.token_request, plan.compressed,
-            first_token=round_.first_token, is_first=round_.is_chunk,
         )  # fmt: skip
 
 

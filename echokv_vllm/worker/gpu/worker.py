@@ -170,4 +170,4 @@ class GpuWorker:
                 if layer.echoed
             }
             for layer in kinds.values():
-                layer.warm_up(self.steps.max_model_len)
+                layer.rounds.warm_up(layer.echoed, self.steps.max_model_len)
