@@ -5,7 +5,8 @@ hook is an error that names it, raised when the backend is used: vLLM loads plug
 process, also for users of other backends, and must not fail there.
 
 Each patch says symptom, cause and removal condition, and is applied once per process. Those of
-vLLM's graph manager are in worker/gpu/graphs.py, which only GPU workers import.
+vLLM's graph manager are in worker/gpu/graphs.py and what we use of its FlashAttention in
+worker/gpu/flash.py, which only GPU workers import.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ HOOKS = (
     "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts",
     "vllm.v1.attention.backend:AttentionImplBase.process_weights_after_loading",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder._init_reorder_batch_threshold",
     "vllm.v1.kv_cache_interface:FullAttentionSpec",
     "vllm.v1.kv_cache_interface:AttentionSpec",
     "vllm.v1.kv_cache_interface:KVCacheLayout.BLHNC",
@@ -48,6 +50,7 @@ HOOKS = (
     "vllm.v1.core.sched.scheduler:Scheduler.add_request",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.exceptions:VLLMClientError",
+    "vllm.forward_context:get_forward_context",
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.bind_kv_cache",
     "vllm.model_executor.models.utils:extract_layer_index",
 )

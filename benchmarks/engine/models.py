@@ -17,7 +17,7 @@ import torch
 
 from echokv_vllm.checkpoint import EchoCheckpoint, LayerMaps
 from echokv_vllm.fingerprint import ModelFingerprint
-from echokv_vllm.plan import load_plan
+from echokv_vllm.presets import load_plan
 
 # The tokenizer's 256 bytes and 4 special tokens. Both backends share the output projection and the
 # sampler; leaving a large one out makes differences of the attention show more clearly.

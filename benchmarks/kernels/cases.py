@@ -21,6 +21,7 @@ from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_kernels.rotary import Rotary
 from echokv_kernels.step_plan import StepPlan, plan_shares
 from echokv_vllm.plan import EchoPlan
+from echokv_vllm.presets import preset_plan
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 32, 8, 4, 128  # Llama-3.1-8B
 SINK_TOKENS, RECENT_TOKENS = 16, 144  # what stays exact, in whole 16-token pages
@@ -165,7 +166,7 @@ class EchoedDecode:
         self, case: EchoCase, num_caches: int, tiles: DecodeTiles, num_layers: int = NUM_LAYERS
     ) -> None:
         self.case = case
-        plan = EchoPlan.preset(case.preset, num_layers, KV_HEADS)
+        plan = preset_plan(case.preset, num_layers, KV_HEADS)
         counts = tuple(len(layer.retained) for layer in plan.layers)
         sizes = PlanLayout(counts, KV_HEADS, HEAD_DIM, 2).block_sizes()
         self.block_size, self.residual_block_size = sizes.retained, sizes.residual

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from echokv_vllm.plan import PRESETS
+from echokv_vllm.presets import PRESETS
 from echokv_vllm.train.options import (
     CACHE_DTYPES,
     DTYPES,

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from echokv_vllm.checkpoint import EchoCheckpoint, check_destination
 from echokv_vllm.fingerprint import ModelFingerprint
-from echokv_vllm.plan import EchoPlan, load_plan
+from echokv_vllm.plan import EchoPlan
+from echokv_vllm.presets import load_plan
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.capture import check_rotary, check_supported
 from echokv_vllm.train.curves import Curves, to_csv

@@ -3,7 +3,8 @@
 import pytest
 
 from echokv_vllm.config import EchoConfig, EchoConfigError
-from echokv_vllm.plan import EchoPlan, PlanError
+from echokv_vllm.plan import PlanError
+from echokv_vllm.presets import preset_plan
 from echokv_vllm.worker.rank_plan import rank_layers
 
 ROWS = [
@@ -56,7 +57,7 @@ def test_section(additional_config, fragments):
 
 @pytest.mark.parametrize(("shards", "tp_size"), [(1, 2), (2, 4)])
 def test_plan_whose_shards_do_not_fit_the_tensor_parallel_size(shards, tp_size):
-    plan = EchoPlan.preset("local-0.5", 2, 8, shards)
+    plan = preset_plan("local-0.5", 2, 8, shards)
     with pytest.raises(ValueError) as caught:
         rank_layers(plan, 0, tp_size)
     message = str(caught.value)
@@ -76,6 +77,6 @@ def test_plan_whose_shards_do_not_fit_the_tensor_parallel_size(shards, tp_size):
 )
 def test_plan_that_does_not_divide_the_heads(name, num_kv_heads, shards, fragments):
     with pytest.raises(PlanError) as caught:
-        EchoPlan.preset(name, 2, num_kv_heads, shards)
+        preset_plan(name, 2, num_kv_heads, shards)
     for fragment in fragments:
         assert fragment in str(caught.value)

@@ -71,10 +71,10 @@ def launch(case: dict[str, Any]) -> None:
     from echokv_kernels.reconstruct import EchoMaps, FeatureSource
     from echokv_kernels.rotary import Rotary
     from echokv_kernels.step_plan import StepPlan
-    from echokv_vllm.plan import EchoPlan
+    from echokv_vllm.presets import preset_plan
 
     heads, group, head_dim = (case[name] for name in ("num_kv_heads", "group", "head_dim"))
-    plan = EchoPlan.preset(case["preset"], NUM_LAYERS, heads)
+    plan = preset_plan(case["preset"], NUM_LAYERS, heads)
     counts = tuple(len(layer.retained) for layer in plan.layers)
     sizes = PlanLayout(counts, heads, head_dim, 2).block_sizes()
     layer = next(n for n in range(NUM_LAYERS) if plan.discarded(n))

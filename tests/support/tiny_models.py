@@ -9,7 +9,8 @@ import torch
 
 from echokv_vllm.checkpoint import EchoCheckpoint, LayerMaps
 from echokv_vllm.fingerprint import ModelFingerprint
-from echokv_vllm.plan import EchoPlan, load_plan
+from echokv_vllm.plan import EchoPlan
+from echokv_vllm.presets import load_plan
 
 VOCAB = 260
 

@@ -13,6 +13,7 @@ from echokv_vllm.eval.divergence import measure_divergence
 from echokv_vllm.eval.rebuild import HeadRebuilder
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan, LayerPlan, Source
+from echokv_vllm.presets import preset_plan
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.attention import CacheSetup
 from echokv_vllm.train.distillation import Distillation
@@ -69,8 +70,8 @@ def _setup(model, plan, **changes):
 
 
 PLANS = [
-    EchoPlan.preset("local-0.5", 3, 4, shards=2),
-    EchoPlan.preset("paper-0.5", 3, 4),
+    preset_plan("local-0.5", 3, 4, shards=2),
+    preset_plan("paper-0.5", 3, 4),
     _neighbour_plan(),
 ]
 
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_finite_differences(tiny_model, name, plan):
 def test_layer_checkpoints_and_tiles_change_nothing(tiny_model, monkeypatch, name):
     from echokv_vllm.train import distillation
 
-    plan = EchoPlan.preset("paper-0.7", 3, 4)
+    plan = preset_plan("paper-0.7", 3, 4)
     grads = []
     for tiled in (False, True):
         model = tiny_model().requires_grad_(False)
@@ -177,7 +178,7 @@ def test_layer_checkpoints_and_tiles_change_nothing(tiny_model, monkeypatch, nam
 def test_exact_maps_have_no_loss(tiny_model, name):
     """Discarded heads that are copies of retained ones."""
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     for block in model.model.layers:
         for projection in ("k_proj", "v_proj"):
             weight = getattr(block.self_attn, projection).weight.data.view(4, HEAD_DIM, 32)
@@ -191,7 +192,7 @@ def test_exact_maps_have_no_loss(tiny_model, name):
 def test_o_mse_is_the_error_that_reaches_the_residual_stream(tiny_model):
     """By hand for one layer: all queries, one full softmax over mixed keys."""
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     maps, ids = _maps(plan), _sequences(1)
     setup = _setup(model, plan, rotation_block=1)
     parameters = MapParameters(plan, maps, CPU)
@@ -233,7 +234,7 @@ def test_o_mse_is_the_error_that_reaches_the_residual_stream(tiny_model):
 
 def test_kv_mse_is_the_error_of_the_report(tiny_model):
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4, shards=1)
+    plan = preset_plan("local-0.5", 3, 4, shards=1)
     ids = _sequences(6).int()
     options = TrainOptions("", "", "", sequence_len=LENGTH, ridge=1e-6, batch_size=2, seed=1)
     maps, errors = fit_and_measure(model, plan, ids, ids, options, LENGTH)
@@ -260,7 +261,7 @@ def test_whitening_changes_coordinates_not_maps(tiny_model):
     from echokv_vllm.train.stage1 import Fit, LayerStream, stream
 
     model = tiny_model("Qwen2")
-    plan = EchoPlan.preset("local-0.5", 3, 4, shards=2)
+    plan = preset_plan("local-0.5", 3, 4, shards=2)
     rotary = rotary_from_config(model.config)
     fit = Fit(plan, HEAD_DIM, CPU, bias=True)
     stream(

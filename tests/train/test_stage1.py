@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from echokv_vllm.plan import EchoPlan, LayerPlan, Source
+from echokv_vllm.presets import preset_plan
 from echokv_vllm.quantization import as_cached
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.options import TrainOptions
@@ -66,7 +67,7 @@ def test_relations_that_commute_with_rotation_are_found_in_every_key_space(
     tiny_model, architecture, shards, rotation_block
 ):
     model = tiny_model(architecture)
-    plan = EchoPlan.preset("local-0.5", 3, 4, shards)
+    plan = preset_plan("local-0.5", 3, 4, shards)
     _tie_heads(model, plan)
     maps, errors = _fit(model, plan, rotation_block=rotation_block)
     for layer in range(3):
@@ -77,7 +78,7 @@ def test_relations_that_commute_with_rotation_are_found_in_every_key_space(
 
 def test_other_linear_relations_hold_for_unrotated_keys_only(tiny_model):
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     _tie_heads(model, plan, commuting=False)
     _, unrotated = _fit(model, plan, rotation_block=1)
     _, short_blocks = _fit(model, plan, rotation_block=16)
@@ -91,7 +92,7 @@ def test_other_linear_relations_hold_for_unrotated_keys_only(tiny_model):
 def test_offsets_spread_positions_over_the_asked_range(tiny_model):
     """Absolute rotation looks better than it is when calibration sees short positions only."""
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     _tie_heads(model, plan, commuting=False)
     _, near = _fit(model, plan, rotation_block=0, max_position=48)
     _, far = _fit(model, plan, rotation_block=0, max_position=100_000)
@@ -99,14 +100,14 @@ def test_offsets_spread_positions_over_the_asked_range(tiny_model):
 
 
 def test_random_heads_are_not_rebuilt(tiny_model):
-    _, errors = _fit(tiny_model(), EchoPlan.preset("local-0.5", 3, 4), rotation_block=64)
+    _, errors = _fit(tiny_model(), preset_plan("local-0.5", 3, 4), rotation_block=64)
     assert min(found.key for found in errors.values()) > 0.02
     assert min(found.value for found in errors.values()) > 0.02
 
 
 def test_bias_rebuilds_constant_parts(tiny_model):
     model = tiny_model("Qwen2")
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     _tie_heads(model, plan)
     for block in model.model.layers:
         block.self_attn.v_proj.bias.data.normal_(0, 2.0)
@@ -137,7 +138,7 @@ def test_schedule_visits_when_all_is_there_and_drops_at_once():
     assert schedule.visit_after == [[], [], [0, 2], []]
     assert schedule.drop_after == [[], [], [0, 1, 2], []]
     assert schedule.needed == {0, 1, 2}
-    groups = LayerSchedule(EchoPlan.preset("paper-0.3", 7, 8))
+    groups = LayerSchedule(preset_plan("paper-0.3", 7, 8))
     assert groups.visit_after == [[], [1], [2], [3], [4], [], [6]]
     assert groups.drop_after == [[], [1], [2], [3], [0, 4], [], [5, 6]]
 
@@ -212,7 +213,7 @@ def test_samples_are_the_keys_a_server_would_see(tiny_model, rotation_block):
 def test_inputs_are_as_cached_and_targets_exact(tiny_model, cache_format):
     """Keys are coded after RoPE, as they lie in the cache, and only then rotated back."""
     model = tiny_model()
-    plan = EchoPlan.preset("local-0.5", 3, 4)
+    plan = preset_plan("local-0.5", 3, 4)
     sequences, offsets = _sequences(2, 20), torch.tensor([0, 0])
     rotary = rotary_from_config(model.config)
     exact = _record(model, plan, sequences, offsets, 1).samples[1, 0][0]
@@ -238,7 +239,7 @@ def test_inputs_are_as_cached_and_targets_exact(tiny_model, cache_format):
 def test_shards_see_their_own_heads_in_order(tiny_model):
     model = tiny_model()
     sequences, offsets = _sequences(2, 20), torch.tensor([3, 40])
-    sharded = EchoPlan.preset("local-0.5", 3, 4, shards=2)
+    sharded = preset_plan("local-0.5", 3, 4, shards=2)
     whole = EchoPlan("whole", 4, sharded.layers)
     parts = _record(model, sharded, sequences, offsets, 16).samples
     full = _record(model, whole, sequences, offsets, 16).samples
@@ -251,7 +252,7 @@ def test_shards_see_their_own_heads_in_order(tiny_model):
 
 def test_only_layers_in_use_are_held(tiny_model):
     model = tiny_model(num_layers=6)
-    plan = EchoPlan.preset("paper-0.5", 6, 4)
+    plan = preset_plan("paper-0.5", 6, 4)
     found = _record(model, plan, _sequences(4, 16), torch.zeros(4, dtype=torch.int64), 16)
     assert found.most_held == 2, "an anchor and the layer it feeds"
 
@@ -268,7 +269,7 @@ def test_block_shift():
 
 def test_batch_size_does_not_change_the_maps(tiny_model):
     model = tiny_model()
-    plan = EchoPlan.preset("paper-0.7", 3, 4)
+    plan = preset_plan("paper-0.7", 3, 4)
     one, _ = _fit(model, plan, batch_size=1, ridge=1e-4)
     many, _ = _fit(model, plan, batch_size=24, ridge=1e-4)
     torch.testing.assert_close(one[1].key, many[1].key, rtol=1e-3, atol=1e-4)
@@ -278,4 +279,4 @@ def test_singular_systems_name_the_layer(tiny_model):
     model = tiny_model()
     model.model.layers[1].self_attn.v_proj.weight.data[:HEAD_DIM] = 0
     with pytest.raises(ValueError, match=r"layer 1: .* ridge=0\.0 .* raise the ridge"):
-        _fit(model, EchoPlan.preset("local-0.5", 3, 4), ridge=0.0)
+        _fit(model, preset_plan("local-0.5", 3, 4), ridge=0.0)

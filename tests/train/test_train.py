@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from echokv_vllm.checkpoint import CONFIG_FILE, REPORT_FILE, TENSOR_FILE, EchoCheckpoint
 from echokv_vllm.fingerprint import ModelFingerprint
-from echokv_vllm.plan import EchoPlan
+from echokv_vllm.presets import preset_plan
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train import TrainOptions, train
 from echokv_vllm.train.data import load_tokens
@@ -39,7 +39,7 @@ def test_run_writes_a_checkpoint_that_loads(options, tmp_path, model_folder, cor
     result = train(options, command="echokv train ...")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
     loaded = EchoCheckpoint.load(options.out)
-    assert loaded.plan == EchoPlan.preset("local-0.5", 3, 4)
+    assert loaded.plan == preset_plan("local-0.5", 3, 4)
     assert (loaded.rotation_block, loaded.recent_tokens) == (16, 128)
     for layer, maps in result.checkpoint.maps.items():
         assert torch.equal(loaded.maps[layer].key, maps.key)
@@ -131,7 +131,7 @@ def test_other_architectures(options, tiny_model, save_model, tmp_path, architec
 
 
 def test_plan_file(options, tmp_path):
-    plan = EchoPlan.preset("paper-0.7", 3, 4)
+    plan = preset_plan("paper-0.7", 3, 4)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_dict()))
     result = train(dataclasses.replace(options, plan=str(path)))

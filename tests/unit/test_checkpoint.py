@@ -18,7 +18,7 @@ from echokv_vllm.checkpoint import (
     LayerMaps,
 )
 from echokv_vllm.fingerprint import ModelFingerprint
-from echokv_vllm.plan import EchoPlan
+from echokv_vllm.presets import preset_plan
 
 _FINGERPRINT = ModelFingerprint(
     architecture="LlamaForCausalLM",
@@ -33,7 +33,7 @@ _FINGERPRINT = ModelFingerprint(
 
 
 def _checkpoint(plan_name="local-0.5", shards=1, bias=False, dtype=torch.float32, **changes):
-    plan = EchoPlan.preset(plan_name, 4, 4, shards)
+    plan = preset_plan(plan_name, 4, 4, shards)
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):

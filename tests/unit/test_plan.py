@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from echokv_vllm.plan import EchoPlan, LayerPlan, PlanError, Source, load_plan
+from echokv_vllm.plan import EchoPlan, LayerPlan, PlanError, Source
+from echokv_vllm.presets import load_plan, preset_plan
 
 
 @pytest.mark.parametrize(
@@ -25,13 +26,13 @@ from echokv_vllm.plan import EchoPlan, LayerPlan, PlanError, Source, load_plan
     ],
 )
 def test_preset_ratio(name, num_layers, num_kv_heads, shards, ratio):
-    plan = EchoPlan.preset(name, num_layers, num_kv_heads, shards)
+    plan = preset_plan(name, num_layers, num_kv_heads, shards)
     assert plan.ratio == pytest.approx(ratio)
     assert plan.num_layers == num_layers
 
 
 def test_local_preset_interleaves_shards():
-    plan = EchoPlan.preset("local-0.5", 2, 8, shards=2)
+    plan = preset_plan("local-0.5", 2, 8, shards=2)
     assert plan.layers[1].retained == (0, 1, 4, 5)
     assert plan.discarded(1) == (2, 3, 6, 7)
     assert plan.source_heads(1) == [(1, 0), (1, 1), (1, 4), (1, 5)]
@@ -40,14 +41,14 @@ def test_local_preset_interleaves_shards():
 
 
 def test_paper_preset_reads_the_anchor_first_then_its_own_heads():
-    plan = EchoPlan.preset("paper-0.7", 4, 8)
+    plan = preset_plan("paper-0.7", 4, 8)
     assert plan.discarded(2) == () and plan.layers[2].sources == ()
     assert plan.layers[3].sources == (Source(2, tuple(range(8))), Source(3, (0, 1, 2)))
-    assert EchoPlan.preset("paper-0.5", 2, 8).layers[1].sources == (Source(0, tuple(range(8))),)
+    assert preset_plan("paper-0.5", 2, 8).layers[1].sources == (Source(0, tuple(range(8))),)
 
 
 def test_dict_round_trip_survives_json():
-    for plan in (EchoPlan.preset("paper-0.3", 7, 8), EchoPlan.preset("local-0.5", 2, 8, 4)):
+    for plan in (preset_plan("paper-0.3", 7, 8), preset_plan("local-0.5", 2, 8, 4)):
         assert EchoPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
@@ -93,15 +94,15 @@ def test_retained_order_and_later_source_layers_are_free():
             lambda: _plan(LayerPlan((0, 2), (Source(0, (0,)),)), shards=2),
             ["layer 0 sources", "[1, 0]"],
         ),
-        (lambda: EchoPlan.preset("local-0.5", 2, 1), ["would keep 0 of 1"]),
-        (lambda: EchoPlan.preset("local-0.99", 2, 8), ["would keep 8 of 8", "1..7"]),
-        (lambda: EchoPlan.preset("local-1.5", 2, 8), ["'1.5'", "between 0 and 1"]),
-        (lambda: EchoPlan.preset("local-half", 2, 8), ["'half'"]),
-        (lambda: EchoPlan.preset("paper-0.6", 2, 8), ["paper-0.6", "paper-0.5", "local-R"]),
-        (lambda: EchoPlan.preset("paper-0.7", 2, 8, 2), ["3 of 8", "shards=2", "divide"]),
-        (lambda: EchoPlan.preset("local-0.5", 2, 6, 4), ["shards=4"]),
-        (lambda: EchoPlan.preset("paper-0.5", 1, 8), ["discards no head"]),
-        (lambda: EchoPlan.preset("local-0.5", 0, 8), ["num_layers=0"]),
+        (lambda: preset_plan("local-0.5", 2, 1), ["would keep 0 of 1"]),
+        (lambda: preset_plan("local-0.99", 2, 8), ["would keep 8 of 8", "1..7"]),
+        (lambda: preset_plan("local-1.5", 2, 8), ["'1.5'", "between 0 and 1"]),
+        (lambda: preset_plan("local-half", 2, 8), ["'half'"]),
+        (lambda: preset_plan("paper-0.6", 2, 8), ["paper-0.6", "paper-0.5", "local-R"]),
+        (lambda: preset_plan("paper-0.7", 2, 8, 2), ["3 of 8", "shards=2", "divide"]),
+        (lambda: preset_plan("local-0.5", 2, 6, 4), ["shards=4"]),
+        (lambda: preset_plan("paper-0.5", 1, 8), ["discards no head"]),
+        (lambda: preset_plan("local-0.5", 0, 8), ["num_layers=0"]),
     ],
 )
 def test_invalid_plans_name_the_problem(build, words):
@@ -126,7 +127,7 @@ def test_invalid_plans_name_the_problem(build, words):
     ],
 )
 def test_from_dict_is_strict(change, words):
-    data = EchoPlan.preset("local-0.5", 2, 4).to_dict()
+    data = preset_plan("local-0.5", 2, 4).to_dict()
     change(data)
     with pytest.raises(PlanError) as caught:
         EchoPlan.from_dict(data)
@@ -141,7 +142,7 @@ def test_from_dict_wants_an_object():
 
 def test_load_plan_reads_presets_and_files(tmp_path):
     assert load_plan("local-0.5", 2, 4).name == "local-0.5"
-    plan = EchoPlan.preset("local-0.5", 2, 4, shards=2)
+    plan = preset_plan("local-0.5", 2, 4, shards=2)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_dict()))
     assert load_plan(str(path), 2, 4) == load_plan(str(path), 2, 4, shards=2) == plan
