@@ -30,8 +30,8 @@ class TrainOptions:
         data: Local `.txt`, `.txt.xz` or `.jsonl` file, or a Hugging Face dataset as
             `NAME[:CONFIG[:SPLIT]]`.
         out: Folder for the checkpoint.
-        plan: Preset name (see `echokv_vllm.presets.PRESETS`), a JSON plan file, or `auto`: search one
-            for `ratio`.
+        plan: Preset name (see `echokv_vllm.presets.PRESETS`), a JSON plan file, or `auto`: search
+            one for `ratio`.
         ratio: With plan `auto`: bytes of the retained heads over bytes of all heads, rounded to
             whole heads by at most 0.01.
         uniform: With plan `auto`: every layer retains equally many heads.

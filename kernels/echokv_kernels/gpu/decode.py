@@ -111,7 +111,6 @@ def _launch_absorbed(
 ) -> None:
     """Fills the scratch's items; arguments as in `attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
-    head_dim, dim_pad, itemsize = maps.head_dim, heads.dim_pad, maps.key.element_size()
     arguments = [
         query, features.pool, features.offsets, maps.key,
         maps.key if maps.key_bias is None else maps.key_bias,
@@ -134,15 +133,14 @@ def _launch_absorbed(
         NUM_REQUESTS=triton.next_power_of_2(plan.max_reqs),
         NUM_ROWS=heads.num_rows,
         ROW_PAD=heads.row_pad,
-        DIM_PAD=dim_pad,
+        DIM_PAD=heads.dim_pad,
         GROUP_PAD=heads.group_pad,
         num_warps=tiles.num_warps,
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )
-    grid = (scratch.num_programs,)
     if fused:
-        fused_decode_kernel[grid](
+        fused_decode_kernel[(scratch.num_programs,)](
             *arguments, *results, *numbers,
             BLOCK_T=min(shape.block_len, tiles.fused_len),
             ECHO_PAD=heads.echo_pad,
@@ -151,21 +149,30 @@ def _launch_absorbed(
             STAGES=tiles.fused_stages,
             **constants,
         )  # fmt: skip
-        return
-    score_heads = tiles.score_heads(features.num_heads, head_dim)
-    value_heads = tiles.value_heads(features.num_heads, head_dim, heads.row_pad)
-    score_bytes = (shape.block_len + heads.row_pad) * score_heads * dim_pad * itemsize
-    value_bytes = tiles.value_len * (value_heads * dim_pad * itemsize + heads.row_pad * 4)
-    absorbed_decode_kernel[grid](
-        *arguments, scratch.scores, *results, *numbers,
-        BLOCK_T=shape.block_len,
-        SCORE_HEADS=score_heads,
-        VALUE_HEADS=value_heads,
-        VALUE_T=tiles.value_len,
-        SCORE_STAGES=tiles.stages(tiles.score_stages, score_bytes),
-        VALUE_STAGES=tiles.stages(tiles.value_stages, value_bytes),
-        **constants,
-    )  # fmt: skip
+    else:
+        absorbed_decode_kernel[(scratch.num_programs,)](
+            *arguments, scratch.scores, *results, *numbers,
+            **_loop_constants(heads, shape, tiles),
+            **constants,
+        )  # fmt: skip
+
+
+def _loop_constants(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> dict[str, int]:
+    """Tiles of the loop over keys and of the loop over values."""
+    num_sources, head_dim = heads.features.num_heads, heads.maps.head_dim
+    element = heads.dim_pad * heads.maps.key.element_size()
+    score_heads = tiles.score_heads(num_sources, head_dim)
+    value_heads = tiles.value_heads(num_sources, head_dim, heads.row_pad)
+    score_bytes = (shape.block_len + heads.row_pad) * score_heads * element
+    value_bytes = tiles.value_len * (value_heads * element + heads.row_pad * 4)
+    return {
+        "BLOCK_T": shape.block_len,
+        "SCORE_HEADS": score_heads,
+        "VALUE_HEADS": value_heads,
+        "VALUE_T": tiles.value_len,
+        "SCORE_STAGES": tiles.stages(tiles.score_stages, score_bytes),
+        "VALUE_STAGES": tiles.stages(tiles.value_stages, value_bytes),
+    }
 
 
 def attend_context(
