@@ -55,14 +55,18 @@ HOOKS = (
     "vllm.model_executor.models.utils:extract_layer_index",
 )
 
+# What it takes to tell workers the kind of a step. Every vLLM process looks at these, so they are
+# apart from those that would import a GPU worker's modules.
+STEP_HOOKS = ("vllm.v1.core.sched.scheduler:Scheduler.schedule",)
+
 # What it takes to capture graphs per kind of step; without them one graph serves all kinds.
 GRAPH_HOOKS = (
+    *STEP_HOOKS,
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph",
     "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model",
-    "vllm.v1.core.sched.scheduler:Scheduler.schedule",
 )
 
 logger = logging.getLogger("vllm.echokv")
@@ -121,12 +125,12 @@ def require_supported() -> None:
         )  # fmt: skip
 
 
-def register_backend_name() -> None:
-    """Makes ``--attention-backend echokv`` a known value."""
+def register_backend_name() -> bool:
+    """Makes ``--attention-backend echokv`` a known value; whether it is one now."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if BACKEND in AttentionBackendEnum.__members__:
-        return
+        return True
     if hasattr(AttentionBackendEnum, "register"):
         register_backend(BACKEND, BACKEND_PATH)
     else:
@@ -139,14 +143,15 @@ def register_backend_name() -> None:
                 "other backends, and %s took it. Uninstall one of the two plugins, or use vLLM "
                 "0.32 or later.", vllm_version(), custom.get_path(),
             )  # fmt: skip
-            return
+            return False
         register_backend(custom, BACKEND_PATH)
-        AttentionBackendEnum._member_map_[BACKEND] = AttentionBackendEnum.CUSTOM
+        AttentionBackendEnum._member_map_[BACKEND] = custom
     # Symptom: spawned engine processes die with "not a valid AttentionBackendEnum".
     # Cause: the config is pickled by value and unpickled before plugins are loaded there.
     # Pickled as a call into this module, the member registers itself on arrival.
     # Remove when vLLM pickles registered backends by name.
     copyreg.pickle(AttentionBackendEnum, _reduce_member)
+    return True
 
 
 def _reduce_member(member: Any) -> tuple[Any, tuple[Any, ...]]:

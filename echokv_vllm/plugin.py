@@ -22,10 +22,11 @@ def register() -> None:
         )  # fmt: skip
         if set(missing) & set(compat.NAME_HOOKS):
             return
-    compat.register_backend_name()
+    if not compat.register_backend_name():
+        return
     compat.patch_cpu_platform()
     if not missing:
         compat.patch_scheduler()
-        if not compat.missing_hooks(compat.GRAPH_HOOKS):
+        if not compat.missing_hooks(compat.STEP_HOOKS):
             compat.patch_schedule()
         compat.patch_input_processor()

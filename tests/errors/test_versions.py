@@ -76,10 +76,18 @@ def test_one_place_for_other_backends_is_not_taken_from_another_plugin(monkeypat
         register_backend=lambda *arguments: calls.append(arguments),
     )
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", registry)
-    compat.register_backend_name()
+    assert not compat.register_backend_name()
     assert calls == []
     (message,) = messages
     assert "other.Backend took it" in message and "not available" in message
+
+
+def test_nothing_is_patched_for_a_name_that_cannot_be_had(monkeypatch):
+    """A patched CPU platform would look the name up for users of every backend."""
+    monkeypatch.setattr(compat, "register_backend_name", lambda: False)
+    for name in ("cpu_platform", "scheduler", "schedule", "input_processor"):
+        monkeypatch.setattr(compat, f"patch_{name}", lambda: pytest.fail("must not be patched"))
+    plugin.register()
 
 
 def test_steps_go_past_workers_with_the_first_ray_executor_alone(monkeypatch):
@@ -94,15 +102,17 @@ def test_steps_go_past_workers_with_the_first_ray_executor_alone(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_vllm_without_the_graph_hooks_still_serves():
+def test_a_vllm_without_the_step_hooks_still_serves():
     script = """
+import sys
 from echokv_vllm import compat
-compat.GRAPH_HOOKS += ("vllm.no_module:x",)
+compat.STEP_HOOKS += ("vllm.no_module:x",)
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.v1.core.sched.scheduler import Scheduler
 assert compat.is_patched(Scheduler, "add_request")
 assert not compat.is_patched(Scheduler, "schedule")
+assert "vllm.v1.worker.gpu.cudagraph_utils" not in sys.modules  # a GPU worker's
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,7 +14,7 @@ from echokv_kernels.rotary import Rotary
 from echokv_vllm import compat
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.worker.gpu.attention import GpuAttention
-from echokv_vllm.worker.gpu.flash import FlashDecodeSchedule, flash_version
+from echokv_vllm.worker.gpu.flash import SERVED_VERSIONS, FlashDecodeSchedule, flash_version
 from echokv_vllm.worker.gpu.memory import GpuMemory
 from echokv_vllm.worker.gpu.step import DISCARDED, PAIRED, GpuStepBuilder
 
@@ -43,7 +43,9 @@ class GpuWorker:
         step_kinds: bool,
     ) -> None:
         version = flash_version(rotary.head_dim)
-        assert version is not None, "echokv: GPU path without FlashAttention"
+        assert version is not None and version in SERVED_VERSIONS, (
+            f"echokv: GPU path with FlashAttention {version}"
+        )
         self.version = version
         self.vllm_config, self.device, self.rotary = vllm_config, device, rotary
         self.rotation_block = checkpoint.rotation_block
