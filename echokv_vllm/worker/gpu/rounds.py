@@ -17,7 +17,7 @@ from echokv_kernels.gpu.merge import merge_partial, write_merged
 from echokv_kernels.gpu.rebuild import materialize
 from echokv_vllm.worker.gpu.flash import flash_prefill
 from echokv_vllm.worker.gpu.memory import GpuMemory
-from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound, PrefillStep
+from echokv_vllm.worker.gpu.prefill import TILE, PrefillRound
 from echokv_vllm.worker.gpu.step import GpuStep, GpuStepBuilder
 
 if TYPE_CHECKING:
@@ -123,14 +123,43 @@ class RoundAttention:
         """
         prefill = step.prefill
         assert prefill is not None, "echokv: no prompt chunks were planned"
+        plan = self.steps.plan
         merged, merged_lse = self._merge_buffers(prefill.num_tokens)
         for round_ in prefill.rounds:
-            self._attend_round(
-                rows, key, value, residual_cache, echoed, step, prefill, round_, merged, merged_lse
-            )
-        write_merged(
-            output, merged, self.discarded_rows, prefill.token_request, self.steps.plan.compressed
-        )
+            workspace = self._fill(round_, key, value, residual_cache, echoed, step)
+            tokens = slice(round_.first_token, round_.first_token + round_.num_tokens)
+            part = self.memory.part[: round_.num_tokens * rows.shape[1] * self.head_dim]
+            part = part.view(round_.num_tokens, rows.shape[1], self.head_dim)
+            lse = flash_prefill(
+                self.version, rows[tokens], workspace[:, :, :, 0], workspace[:, :, :, 1],
+                round_.table, round_.lens, round_.max_len, round_.query_start_loc,
+                round_.max_query_len, part, self.scale, causal=round_.is_chunk,
+            )  # fmt: skip
+            merge_partial(
+                merged, merged_lse, part, lse, prefill.token_request, plan.compressed,
+                first_token=round_.first_token, is_first=round_.is_chunk,
+            )  # fmt: skip
+        write_merged(output, merged, self.discarded_rows, prefill.token_request, plan.compressed)
+
+    def _fill(
+        self,
+        round_: PrefillRound,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        residual_cache: torch.Tensor,
+        echoed: list[EchoedHeads],
+        step: GpuStep,
+    ) -> torch.Tensor:
+        """The workspace with a round's keys and values."""
+        workspace, plan = self._workspace(round_.tile_request.shape[0]), self.steps.plan
+        for heads, group_heads in zip(echoed, self.group_heads, strict=True):
+            materialize(
+                workspace, round_.tile_request, round_.tile_start, heads.features, heads.maps,
+                group_heads, residual_cache, step.residual_table, plan.exact, plan.compressed,
+                step.retained_table, step.seq_lens, step.context_lens, step.query_start_loc, key,
+                value, self.discarded, self.memory.rotation, self.rotation_block,
+            )  # fmt: skip
+        return workspace
 
     def _merge_buffers(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.discarded_rows.shape[0]
@@ -142,38 +171,3 @@ class RoundAttention:
         """[num_tiles, TILE, nd, 2, d]"""
         shape = (num_tiles, TILE, self.discarded.shape[0], 2, self.head_dim)
         return self.memory.workspace[: math.prod(shape)].view(shape)
-
-    def _attend_round(
-        self,
-        rows: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        residual_cache: torch.Tensor,
-        echoed: list[EchoedHeads],
-        step: GpuStep,
-        prefill: PrefillStep,
-        round_: PrefillRound,
-        merged: torch.Tensor,
-        merged_lse: torch.Tensor,
-    ) -> None:
-        """One round of compressed chunks: fill the workspace, attend, merge."""
-        workspace, plan = self._workspace(round_.tile_request.shape[0]), self.steps.plan
-        for heads, group_heads in zip(echoed, self.group_heads, strict=True):
-            materialize(
-                workspace, round_.tile_request, round_.tile_start, heads.features, heads.maps,
-                group_heads, residual_cache, step.residual_table, plan.exact, plan.compressed,
-                step.retained_table, step.seq_lens, step.context_lens, step.query_start_loc, key,
-                value, self.discarded, self.memory.rotation, self.rotation_block,
-            )  # fmt: skip
-        tokens = slice(round_.first_token, round_.first_token + round_.num_tokens)
-        part = self.memory.part[: round_.num_tokens * rows.shape[1] * self.head_dim]
-        part = part.view(round_.num_tokens, rows.shape[1], self.head_dim)
-        lse = flash_prefill(
-            self.version, rows[tokens], workspace[:, :, :, 0], workspace[:, :, :, 1],
-            round_.table, round_.lens, round_.max_len, round_.query_start_loc,
-            round_.max_query_len, part, self.scale, causal=round_.is_chunk,
-        )  # fmt: skip
-        merge_partial(
-            merged, merged_lse, part, lse, prefill.token_request, plan.compressed,
-            first_token=round_.first_token, is_first=round_.is_chunk,
-        )  # fmt: skip

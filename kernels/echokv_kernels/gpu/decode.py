@@ -108,6 +108,7 @@ def _launch_absorbed(
     tiles: DecodeTiles,
     rotation: RotationTable,
     scale_log2: float,
+    fused: bool,
 ) -> None:
     """Fills the scratch's items; arguments as in `attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
@@ -118,7 +119,6 @@ def _launch_absorbed(
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.line_end, plan.share_len,
         rotation.coarse, rotation.fine, scratch.absorbed, scratch.offset,
     ]  # fmt: skip
-    fused = _is_fused(heads, shape, tiles)
     results = [_items(heads, scratch, fused), scratch.maximum, scratch.total]
     numbers = [
         batch.num_reqs, scratch.max_lines, query.stride(0), query.stride(1),
@@ -204,12 +204,14 @@ def attend_context(
         scale: factor of the scores.
         chained: launched right behind `attend_exact` in the same stream.
     """
-    launch = launch_unrotated
-    if shape.rotation_block != 1:
-        launch = _launch_absorbed
+    arguments = (query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
+    fused = _is_fused(heads, shape, tiles)
+    if shape.rotation_block == 1:
+        launch_unrotated(*arguments)
+    else:
         _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
-    launch(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
-    _launch_reduce(heads, batch, scratch, _is_fused(heads, shape, tiles))
+        _launch_absorbed(*arguments, fused)
+    _launch_reduce(heads, batch, scratch, means=fused)
 
 
 def _is_fused(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> bool:
