@@ -230,7 +230,8 @@ def _launch_reduce(
 ) -> None:
     """Fills `scratch.mean` and `lse` from the items, which hold `means` or sums."""
     maps = heads.maps
-    items, columns = REDUCE.tile(heads.group_pad, maps.head_dim)
+    items_per_request = scratch.num_programs // batch.num_reqs
+    items, columns = REDUCE.tile(heads.group_pad, maps.head_dim, items_per_request)
     size = mean_size(heads)
     num_parts = size // (heads.group * columns)
     per_request = max(1, min(num_parts, REDUCE.programs // batch.num_reqs))
@@ -329,7 +330,9 @@ def combine(
             `attend_exact`, for the layer's only group.
     """
     maps, plan = heads.maps, batch.plan
-    rows, columns = COMBINE.rows(heads.group_pad), min(heads.dim_pad, COMBINE.columns)
+    rows, columns, stages = COMBINE.tile(
+        batch.num_reqs, heads.num_echoed, heads.group_pad, heads.dim_pad
+    )
     grid = (
         triton.cdiv(batch.num_reqs, rows // heads.group_pad),
         heads.num_echoed * (heads.dim_pad // columns) + heads.num_retained,
@@ -351,7 +354,7 @@ def combine(
         ROWS=rows,
         DIM_PAD=heads.dim_pad,
         COLUMNS=columns,
-        STAGES=COMBINE.num_stages,
+        STAGES=stages,
         MEAN_SIZE=mean_size(heads),
         num_warps=COMBINE.num_warps,
         **(overlap(query.device) if chained else {"PDL": False}),

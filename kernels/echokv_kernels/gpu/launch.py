@@ -103,7 +103,7 @@ class AbsorbTiles:
     """
 
     lines: int = 64
-    long_lines: int = 32
+    long_lines: int = 16
     long_from: int = 128
     members: int = 4
     sources: int = 4
@@ -166,17 +166,28 @@ class ReduceTiles:
     Attributes:
         elements: sums read at once.
         columns: features of a part, at most.
+        min_columns: the same, at least.
+        min_items: items read at once, at least.
+        max_items: the same, at most.
         programs: for all requests of a step; more than the GPU holds take the time to start.
     """
 
-    elements: int = 2048
-    columns: int = 64
+    elements: int = 4096
+    columns: int = 128
+    min_columns: int = 32
+    min_items: int = 2
+    max_items: int = 32
     programs: int = 2560
 
-    def tile(self, group_pad: int, head_dim: int) -> tuple[int, int]:
-        """Items and features read at once."""
-        columns = min(self.columns, head_dim & -head_dim)
-        return max(1, min(32, self.elements // (columns * group_pad))), columns
+    def tile(self, group_pad: int, head_dim: int, items_per_request: int) -> tuple[int, int]:
+        """Items and features read at once, powers of two.
+
+        Few requests have many items each, and each load waits for memory as long as a wider one.
+        """
+        area = max(self.min_columns, self.elements // group_pad)
+        wanted = 1 << (max(1, items_per_request).bit_length() - 1)
+        items = min(max(wanted, self.min_items), self.max_items, area // self.min_columns)
+        return items, min(self.columns, area // items, head_dim & -head_dim)
 
 
 @dataclass(frozen=True)
@@ -186,17 +197,34 @@ class CombineTiles:
     Attributes:
         columns: elements of a head that a program takes, at most.
         num_stages: depth of the pipeline that loads features and maps.
+        wide_from: programs from which on tiles are wide, so that requests share the value maps.
+        wide_rows: rows of a wide tile.
+        wide_maps: elements of a source head's map in a wide tile, at most.
+        wide_stages: depth of its pipeline.
         num_warps: warps per program.
     """
 
     columns: int = 32
     num_stages: int = 4
+    wide_from: int = 512
+    wide_rows: int = 32
+    wide_maps: int = 128 * 128
+    wide_stages: int = 2
     num_warps: int = 4
 
-    @staticmethod
-    def rows(group_pad: int) -> int:
-        """Rows of a tile that holds one KV head's query heads; tensor cores want 16."""
-        return max(16, group_pad)
+    def tile(
+        self, num_reqs: int, num_echoed: int, group_pad: int, dim_pad: int
+    ) -> tuple[int, int, int]:
+        """Rows and columns of a tile that holds one KV head's query heads, and stages.
+
+        Tensor cores want 16 rows.
+        """
+        rows, columns = max(16, group_pad), min(dim_pad, self.columns)
+        tiles = -(-num_reqs * group_pad // rows)
+        if tiles * num_echoed * (dim_pad // columns) < self.wide_from:
+            return rows, columns, self.num_stages
+        wide = max(columns, min(dim_pad, self.wide_maps // dim_pad))
+        return max(self.wide_rows, group_pad), wide, self.wide_stages
 
 
 @dataclass(frozen=True)

@@ -389,6 +389,44 @@ def test_more_programs_than_items_and_the_reverse(kit, device):
         Scene(kit, device, num_programs=num_programs, dtype=DTYPES[device.type][0]).check()
 
 
+@pytest.mark.parametrize("num_programs", [1, 9, 40])
+def test_reduces_many_items_of_few_requests(kit, device, num_programs):
+    """As many items at a time as a request is likely to have: 1, 4, and fewer than 40."""
+    for dtype in DTYPES[device.type]:
+        Scene(
+            kit, device, context_lens=(1500, 900), full=(), dtype=dtype, num_programs=num_programs,
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["plain", "wide group", "partial"])
+def test_combines_many_requests_in_wide_tiles(kit, device, monkeypatch, variant):
+    from echokv_kernels.gpu import decode
+
+    monkeypatch.setattr(decode, "COMBINE", dataclasses.replace(decode.COMBINE, wide_from=1))
+    for dtype in DTYPES[device.type]:
+        Scene(
+            kit, device, dtype=dtype, context_lens=(65, 30, 100, 0, 77, 1) * 3, full=(1, 15),
+            **VARIANTS[variant],
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("group_pad", [1, 4, 16])
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 256])
+def test_tiles_follow_the_batch(kit, device, group_pad, head_dim):
+    from echokv_kernels.gpu.launch import COMBINE, REDUCE
+
+    for items_per_request in (0, 1, 3, 9, 264, 1000):
+        items, columns = REDUCE.tile(group_pad, head_dim, items_per_request)
+        assert items & (items - 1) == columns & (columns - 1) == 0
+        assert REDUCE.min_items <= items <= REDUCE.max_items and head_dim % columns == 0
+        assert items * columns * group_pad <= max(REDUCE.elements, 64 * group_pad)
+    dim_pad = 1 << (head_dim - 1).bit_length()
+    few, many = (COMBINE.tile(n, 4, group_pad, dim_pad) for n in (1, 4096))
+    assert few[0] == 16 and many[0] == 32 and few[1] <= many[1] <= dim_pad
+    for rows, columns, stages in (few, many):
+        assert (rows + columns) * dim_pad * 4 * stages <= 227 * 1024
+
+
 def test_unabsorbable_rotation_block(kit, device):
     from echokv_kernels.gpu.launch import DecodeTiles
     from echokv_kernels.gpu.scratch import DecodeShape
