@@ -89,6 +89,13 @@ def _add_plan(option: _Option) -> None:
         metavar="N",
     )
     option(
+        "--max-sources",
+        "auto with --neighbours: source heads of a layer at most, which decode reads",
+        type=int,
+        metavar="HEADS",
+        absent="as many as KV heads",
+    )
+    option(
         "--rotation-block",
         "rebuild keys rotated by position mod this; 1 = un-rotated, 0 = absolute",
         type=int,

@@ -37,6 +37,9 @@ class TrainOptions:
         uniform: With plan `auto`: every layer retains equally many heads.
         neighbours: With plan `auto`: also look for source heads in so many earlier layers; they
             cost no bytes but slow decode down.
+        max_sources: With `neighbours`: source heads of a layer at most, its own included; decode
+            reads so many of each token. None: as many as the model has KV heads, the reading of a
+            full cache.
         rotation_block: Tokens per rotation block; 1 = un-rotated keys, 0 = absolute rotation. The
             default costs 7 % more KL than 64 (benchmarks/results/2026-11-22-quality) and a decode
             step 17 % less time (benchmarks/results/2026-11-22-h200).
@@ -90,6 +93,7 @@ class TrainOptions:
     ratio: float | None = None
     uniform: bool = False
     neighbours: int = 0
+    max_sources: int | None = None
     rotation_block: int = 256
     stage1: str = "closed-form"
     stage1_steps: int = 600
@@ -176,8 +180,14 @@ class TrainOptions:
                     "0.5 (--ratio 0.5)"
                 )
             check_ratio(self.ratio)
+            if self.max_sources is not None and not (self.neighbours and self.max_sources > 0):
+                raise ValueError(
+                    f"max_sources={self.max_sources} must be at least 1 and needs neighbours, the "
+                    f"earlier layers to look at (neighbours={self.neighbours}); name both, or "
+                    "neither"
+                )
             return
-        for name in ("ratio", "uniform", "neighbours"):
+        for name in ("ratio", "uniform", "neighbours", "max_sources"):
             value = getattr(self, name)
             if value not in (None, False, 0):
                 raise ValueError(

@@ -194,6 +194,7 @@ def _searched_plan(
         uniform=options.uniform,
         shards=options.shards,
         neighbours=options.neighbours,
+        max_sources=options.max_sources,
         rotation_block=options.rotation_block,
         ridge=1e-4 if options.ridge is None else options.ridge,
         max_position=max_position,

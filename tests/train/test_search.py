@@ -120,12 +120,30 @@ def test_neighbours_are_retained_heads_of_earlier_layers(tiny_model, sequences, 
         first.mlp.down_proj.weight.zero_()
         second.self_attn.k_proj.weight.copy_(first.self_attn.k_proj.weight.roll(DIM, 0))
         second.self_attn.v_proj.weight.copy_(first.self_attn.v_proj.weight.roll(DIM, 0))
-    plan = _search(model, sequences, options, uniform=True, neighbours=1)
+    plan = _search(model, sequences, options, uniform=True, neighbours=1, max_sources=3)
     (extra, own) = plan.layers[1].sources
     assert extra.layer == 0 and len(extra.heads) == 1 and own == Source(1, own.heads)
     # Head h of layer 0 is head h + 1 of layer 1: a discarded one is chosen, never a retained one.
     assert (extra.heads[0] + 1) % HEADS in plan.discarded(1)
     assert len(plan.layers[0].sources) == 1
+
+
+def test_retained_heads_are_chosen_beside_those_of_earlier_layers(tiny_model, sequences, options):
+    model = tiny_model()
+    first, second = model.get_decoder().layers[:2]
+    with torch.no_grad():
+        first.self_attn.o_proj.weight.zero_()
+        first.mlp.down_proj.weight.zero_()
+        for name in ("k_proj", "v_proj"):
+            theirs, own = (getattr(of.self_attn, name).weight for of in (first, second))
+            own.copy_(theirs)
+    alone = _search(model, sequences, options, uniform=True)
+    plan = _search(model, sequences, options, uniform=True, neighbours=1)
+    # Layer 1 sees what layer 0 saw: together they retain every head, so nothing is lost.
+    assert plan.layers[0].retained == alone.layers[0].retained
+    assert {*plan.layers[0].retained, *plan.layers[1].retained} == set(range(HEADS))
+    assert plan.layers[1].sources[0] == Source(0, plan.layers[0].retained)
+    assert sum(len(source.heads) for source in plan.layers[2].sources) == HEADS
 
 
 def test_same_seed_same_plan(tiny_model, sequences, options):
@@ -196,6 +214,7 @@ def test_command_line(model_folder, corpus, tmp_path, capsys):
     assert [len(layer.retained) for layer in plan.layers] == [3, 3, 3]
 
     more = ["--overwrite", "--quiet", "--ratio", "0.5", "--tp", "2", "--neighbours", "1"]
+    more += ["--max-sources", "3"]
     assert cli.main([*arguments, *more]) == 0
     assert "plan:" not in capsys.readouterr().err
     assert EchoCheckpoint.load(tmp_path / "out").plan.shards == 2
@@ -211,6 +230,10 @@ def test_command_line(model_folder, corpus, tmp_path, capsys):
         ({"plan": "local-0.5", "ratio": None, "uniform": True}, ["uniform=True", "plan=auto"]),
         ({"plan": "local-0.5", "ratio": None, "neighbours": 2}, ["neighbours=2"]),
         ({"neighbours": -1}, ["neighbours=-1"]),
+        ({"max_sources": 8}, ["max_sources=8", "neighbours=0", "name both"]),
+        ({"neighbours": 1, "max_sources": 0}, ["max_sources=0", "at least 1"]),
+        ({"neighbours": 1, "max_sources": 1}, ["max_sources=1", "below the", "lower ratio"]),
+        ({"plan": "local-0.5", "ratio": None, "max_sources": 8}, ["max_sources=8", "plan=auto"]),
         ({"ratio": 0.4, "uniform": True}, ["ratio=0.4", "0.25 and 0.5"]),
         ({"ratio": 0.1}, ["ratio=0.1", "0.25 to 0.9167"]),
         ({"shards": 4}, ["shards=4", "one KV head"]),

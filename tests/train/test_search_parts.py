@@ -273,13 +273,21 @@ class _FakeScorer:
 
 def test_neighbours_are_added_only_where_they_help():
     retained = [(0, 1, 2), (0, 2, 3), (1, 2), (0, 1, 2, 3)]
-    assert extra_sources(_FakeScorer(), retained, 4, 1, 2) == [[], [], [(0, 1)], []]
-    assert extra_sources(_FakeScorer(), retained, 4, 1, 1) == [[]] * 4
+    assert extra_sources(_FakeScorer(), retained, 4, 1, 2, 4) == [[], [], [(0, 1)], []]
+    assert extra_sources(_FakeScorer(), retained, 4, 1, 1, 4) == [[]] * 4
     # Shards read equally many heads: the second one gets its best head too.
     retained = [(0, 1, 4, 5)] * 3
-    found = extra_sources(_FakeScorer(), retained, 8, 2, 2)
+    found = extra_sources(_FakeScorer(), retained, 8, 2, 2, 6)
     assert found[:2] == [[], []] and (0, 1) in found[2]
     assert [head // 4 for _, head in sorted(found[2], key=lambda at: at[1])] == [0, 1]
+
+
+def test_neighbours_are_all_taken_where_there_is_room():
+    retained = [(0, 1, 2), (0, 2, 3), (1, 2), (0, 1, 2, 3)]
+    first, second = ([(layer, head) for head in retained[layer]] for layer in (0, 1))
+    found = extra_sources(_FakeScorer(), retained, 4, 1, 2, 8)
+    assert found == [[], first, [*first, *second], []], "not where nothing is lost"
+    assert extra_sources(_FakeScorer(), retained, 4, 1, 2, 2) == [[]] * 4, "own heads fill it"
 
 
 def test_reachable_ratios():

@@ -1,7 +1,8 @@
 """Extra source heads from earlier layers.
 
-They cost no bytes, because those layers retain them anyway, but they widen the features and so slow
-decode down; hence a head is added only where it takes away much of what the plan loses.
+They cost no bytes, because those layers retain them anyway, but decode reads them once more: its
+bytes are those of a layer's source heads. So their number is bounded, and a head is added only
+where it takes away some of what the plan loses.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import torch
 from echokv_vllm.train.search.covariance import HeadAt
 from echokv_vllm.train.search.score import Scorer
 
-MIN_GAIN = 0.15
+MIN_GAIN = 0.02
 """What a step must take away at least, relative to the mean cost of a layer."""
 
 
 def extra_sources(
-    scorer: Scorer, retained: list[tuple[int, ...]], num_kv_heads: int, shards: int, reach: int
+    scorer: Scorer,
+    retained: list[tuple[int, ...]],
+    num_kv_heads: int,
+    shards: int,
+    reach: int,
+    max_sources: int,
 ) -> list[list[HeadAt]]:
     """Choose extra sources for every layer.
 
-    One step adds one head to every shard of a layer, so that shards read equally many.
+    One step adds one head to every shard of a layer, so that shards read equally many. Where all
+    heads in reach fit, all are taken.
 
     Args:
         scorer: Scores sources exactly.
@@ -28,9 +35,10 @@ def extra_sources(
         num_kv_heads: Heads of a layer.
         shards: Head shards.
         reach: Earlier layers to look at.
+        max_sources: Source heads of a layer at most, its own included; of all shards.
 
     Returns:
-        (layer, head) pairs for every layer, ascending; at most half as many as the layer retains.
+        (layer, head) pairs for every layer, ascending.
     """
     units = _Units(scorer, retained, num_kv_heads, shards)
     costs = [units.costs(layer, [()] * shards) for layer in range(len(retained))]
@@ -38,8 +46,13 @@ def extra_sources(
     found = []
     for layer, before in enumerate(costs):
         extra: list[tuple[HeadAt, ...]] = [()] * shards
-        steps = len(retained[layer]) // shards // 2 if sum(before) >= threshold else 0
-        for _ in range(steps):
+        room = max(0, max_sources - len(retained[layer])) // shards
+        everything = [units.in_reach(layer, shard, reach) for shard in range(shards)]
+        if sum(before) < threshold:
+            room = 0
+        elif all(len(heads) == len(everything[0]) <= room for heads in everything):
+            extra, room = [tuple(heads) for heads in everything], 0
+        for _ in range(room):
             longer = [units.best_addition(layer, shard, extra[shard], reach) for shard in
                       range(shards)]  # fmt: skip
             if any(len(new) == len(old) for new, old in zip(longer, extra, strict=True)):
@@ -77,15 +90,17 @@ class _Units:
         """Cost of every shard of a layer."""
         return [float(self._cost(layer, shard, heads)) for shard, heads in enumerate(extra)]
 
+    def in_reach(self, layer: int, shard: int, reach: int) -> list[HeadAt]:
+        """What earlier layers retain of a shard, ascending."""
+        earlier = range(max(0, layer - reach), layer)
+        return [head for at in earlier for head in self._kept(at, shard)]
+
     def best_addition(
         self, layer: int, shard: int, extra: tuple[HeadAt, ...], reach: int
     ) -> tuple[HeadAt, ...]:
         """The sources with the best one more; unchanged if there is none."""
         candidates = [
-            (*extra, head)
-            for earlier in range(max(0, layer - reach), layer)
-            for head in self._kept(earlier, shard)
-            if head not in extra
+            (*extra, head) for head in self.in_reach(layer, shard, reach) if head not in extra
         ]
         if not candidates:
             return extra

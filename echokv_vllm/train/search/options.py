@@ -18,6 +18,9 @@ class SearchOptions:
         shards: Every layer retains equally many heads in each of so many contiguous groups of
             heads, and rebuilds a head from its own group only (tensor parallelism).
         neighbours: Also look for source heads in so many earlier layers.
+        max_sources: Source heads of a layer at most, its own included, where there are neighbours.
+            None: as many as the layer has KV heads, so that decode reads no more than of a full
+            cache.
         rotation_block: B of the maps' key space.
         ridge: Ridge of the maps, relative to the mean squared feature.
         max_position: Positions are spread over [0, max_position).
@@ -39,6 +42,7 @@ class SearchOptions:
     uniform: bool = False
     shards: int = 1
     neighbours: int = 0
+    max_sources: int | None = None
     rotation_block: int = 64
     ridge: float = 1e-4
     max_position: int = 131_072

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from echokv_kernels.rotary import Rotary
 
 
+_KEPT_LAYERS = 16
+
+
 class Scorer:
     """Scores what some heads of a layer lose when they are rebuilt.
 
@@ -104,7 +107,7 @@ class Scorer:
     def _block_keys(self, layer: int) -> torch.Tensor:
         """Keys of a layer in map space; those of the last few layers are kept."""
         if layer not in self._turned:
-            while len(self._turned) > 4:
+            while len(self._turned) >= _KEPT_LAYERS:
                 del self._turned[min(self._turned)]
             key = self._probe.layers[layer].key.float()
             self._turned[layer] = self._rotary.turn(key, self._cos, self._sin)

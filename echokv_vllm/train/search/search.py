@@ -5,12 +5,13 @@
 3. For every layer, sets of heads ranked by a cheap cost (`criterion`, `choose`), the best of them
    by the exact change of the attention output (`score`).
 4. One budget of heads spread over the layers by those costs (`budget`).
-5. Where asked, extra sources from earlier layers (`neighbours`).
+5. Where asked, the sets again with what earlier layers retain in view, and extra sources from
+   those layers (`neighbours`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,12 @@ class Choice:
     Attributes:
         cost: Mean squared change of the likelihood per sampled query.
         retained: KV heads, ascending; of all shards.
+        shortlists: For every shard, the sets that were scored.
     """
 
     cost: float
     retained: Heads
+    shortlists: tuple[tuple[Heads, ...], ...] = ()
 
 
 def search_plan(
@@ -84,10 +87,16 @@ def search_plan(
         ]
         costs = [{size: choice.cost for size, choice in of.items()} for of in choices]
         chosen = spread(costs, budget)
-        retained = [of[size].retained for of, size in zip(choices, chosen, strict=True)]
+        sets = [of[size] for of, size in zip(choices, chosen, strict=True)]
+        retained = [choice.retained for choice in sets]
         extra: list[list[HeadAt]] = [[] for _ in retained]
         if options.neighbours:
-            extra = extra_sources(scorer, retained, num_heads, options.shards, options.neighbours)
+            _check_max_sources(options.max_sources, retained)
+            retained = _choose_again(scorer, sets, num_heads // options.shards, options.neighbours)
+            extra = extra_sources(
+                scorer, retained, num_heads, options.shards, options.neighbours,
+                options.max_sources or num_heads,
+            )  # fmt: skip
     ratio = budget * options.shards / (num_layers * num_heads)
     layers = tuple(
         _layer_plan(layer, heads, extra[layer], num_heads) for layer, heads in enumerate(retained)
@@ -159,28 +168,67 @@ def _choices(
         sets[num_heads] = [tuple(range(num_heads))]
         for size in sizes:
             shifted = [tuple(first + head for head in heads) for heads in sets[size]]
-            best = _best_set(scorer, layer, range(first, first + num_heads), shifted)
+            cost, best = _best_set(scorer, layer, range(first, first + num_heads), shifted)
             before = found[size]
-            found[size] = Choice(before.cost + best.cost, before.retained + best.retained)
+            found[size] = Choice(
+                before.cost + cost, before.retained + best, (*before.shortlists, tuple(shifted))
+            )
     return found
 
 
-def _best_set(scorer: Scorer, layer: int, heads: range, sets: list[Heads]) -> Choice:
-    """The set of least exact cost; the heads outside it are rebuilt."""
+def _best_set(
+    scorer: Scorer,
+    layer: int,
+    heads: range,
+    sets: Sequence[Heads],
+    earlier: Sequence[HeadAt] = (),
+) -> tuple[float, Heads]:
+    """The set of least exact cost, and the cost; the heads outside it are rebuilt.
+
+    From the set, that is, and from heads of `earlier` layers.
+    """
     if len(sets[0]) == len(heads):
-        return Choice(0.0, sets[0])
+        return 0.0, sets[0]
     costs = torch.stack(
         [
             scorer.cost(
                 layer,
                 [head for head in heads if head not in retained],
-                [(layer, head) for head in retained],
+                [*earlier, *((layer, head) for head in retained)],
             )
             for retained in sets
         ]
     ).tolist()
-    cost, retained = min(zip(costs, sets, strict=True))
-    return Choice(cost, retained)
+    return min(zip(costs, sets, strict=True))
+
+
+def _check_max_sources(max_sources: int | None, retained: list[Heads]) -> None:
+    most = max(map(len, retained))
+    if max_sources is not None and max_sources < most:
+        raise ValueError(
+            f"max_sources={max_sources} is below the {most} heads that a layer retains, which are "
+            f"its sources; use {most} or more, or a lower ratio"
+        )
+
+
+def _choose_again(
+    scorer: Scorer, choices: list[Choice], shard_heads: int, reach: int
+) -> list[Heads]:
+    """Retained heads, layer by layer: best beside all that earlier layers in reach retain."""
+    retained: list[Heads] = []
+    for layer, choice in enumerate(choices):
+        found: Heads = ()
+        for shard, sets in enumerate(choice.shortlists):
+            heads = range(shard * shard_heads, (shard + 1) * shard_heads)
+            earlier = [
+                (at, head)
+                for at in range(max(0, layer - reach), layer)
+                for head in retained[at]
+                if head in heads
+            ]
+            found += _best_set(scorer, layer, heads, sets, earlier)[1]
+        retained.append(found)
+    return retained
 
 
 def _layer_plan(layer: int, retained: Heads, extra: list[HeadAt], num_heads: int) -> LayerPlan:
