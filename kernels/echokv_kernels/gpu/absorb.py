@@ -298,7 +298,12 @@ def absorb_kernel(
                     a_1 = forward
                 at = line.to(tl.int64) * ECHO_ROWS + first_row + member
                 a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None]
-                tl.store(a_ptrs + first[None, :], a_1.to(dtype), mask=mask)
-                tl.store(a_ptrs + second[None, :], a_2.to(dtype), mask=mask)
+                # Decode reads them for every tile; the features it reads once would displace them.
+                tl.store(
+                    a_ptrs + first[None, :], a_1.to(dtype), mask=mask, eviction_policy="evict_last"
+                )
+                tl.store(
+                    a_ptrs + second[None, :], a_2.to(dtype), mask=mask, eviction_policy="evict_last"
+                )
     # At the latest: decode needs what is older than this kernel, and waits for this kernel only.
     wait_for_previous(PDL)
