@@ -7,7 +7,7 @@ the pages of one layer lie a whole block apart. Block tables are random permutat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from echokv_kernels.layout import PlanLayout
 from echokv_kernels.reconstruct import EchoMaps, FeatureSource
 from echokv_kernels.rotary import Rotary
 from echokv_kernels.step_plan import StepPlan, plan_shares
-from echokv_vllm.plan import EchoPlan
+from echokv_vllm.plan import EchoPlan, Source
 from echokv_vllm.presets import preset_plan
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 32, 8, 4, 128  # Llama-3.1-8B
@@ -136,12 +136,29 @@ class FlashDecode:
         return lse
 
 
+def plan_named(name: str, num_layers: int) -> EchoPlan:
+    """A preset, or "PRESET+N": with N more source heads, those nearest in earlier layers."""
+    preset, _, more = name.partition("+")
+    plan = preset_plan(preset, num_layers, KV_HEADS)
+    if not more:
+        return plan
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        room, found = int(more), []
+        for earlier in range(index - 1, -1, -1):
+            heads = plan.layers[earlier].retained[:room]
+            room -= len(heads)
+            found += [Source(earlier, heads)] if heads else []
+        layers.append(replace(layer, sources=(*reversed(found), *layer.sources)))
+    return replace(plan, name=name, layers=tuple(layers))
+
+
 @dataclass(frozen=True)
 class EchoCase:
     """What to run.
 
     Attributes:
-        preset: name of the plan.
+        preset: name of the plan (`plan_named`).
         rotation_block: of its maps.
         num_reqs: requests.
         context_len: cached tokens of each, the current one included.
@@ -158,7 +175,7 @@ class EchoedDecode:
 
     Args:
         case: what to run.
-        num_caches: layers to rotate through, taken from those that discard heads.
+        num_caches: layers to rotate through, of those that discard heads and have most sources.
         tiles: tile numbers.
     """
 
@@ -166,7 +183,7 @@ class EchoedDecode:
         self, case: EchoCase, num_caches: int, tiles: DecodeTiles, num_layers: int = NUM_LAYERS
     ) -> None:
         self.case = case
-        plan = preset_plan(case.preset, num_layers, KV_HEADS)
+        plan = plan_named(case.preset, num_layers)
         counts = tuple(len(layer.retained) for layer in plan.layers)
         sizes = PlanLayout(counts, KV_HEADS, HEAD_DIM, 2).block_sizes()
         self.block_size, self.residual_block_size = sizes.retained, sizes.residual
@@ -181,8 +198,12 @@ class EchoedDecode:
             pool.as_strided((num_blocks, count, self.block_size, slot), (row, page, slot, 1), start)
             for count, start in zip(counts, starts.tolist()[:-1], strict=True)
         ]
-        discarding = [n for n in range(num_layers) if plan.discarded(n)][:num_caches]
-        self.heads = [self._heads(plan, layer, views) for layer in discarding]
+        # The first layers have fewer earlier ones to read.
+        widths = [sum(len(source.heads) for source in layer.sources) for layer in plan.layers]
+        discarding = [n for n in range(num_layers) if plan.discarded(n)]
+        widest = max(widths[n] for n in discarding)
+        wide = [n for n in discarding if widths[n] == widest][:num_caches]
+        self.heads = [self._heads(plan, layer, views) for layer in wide]
         self._step(pages)
         self._inputs()
         self.retile(tiles)

@@ -37,7 +37,12 @@ PLANS = [
     ("local-0.5", 64),
     ("local-0.5", 0),
     ("local-0.375", 64),
+    ("local-0.25", 256),
     ("local-0.25", 64),
+    ("local-0.5+4", 256),  # eight source heads, as many as a full cache reads
+    ("local-0.25+6", 256),
+    ("paper-0.5", 256),
+    ("paper-0.5", 64),
     ("paper-0.3", 256),
     ("paper-0.3", 64),
 ]
