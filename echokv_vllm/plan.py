@@ -94,6 +94,18 @@ class EchoPlan:
         return retained / (self.num_kv_heads * self.num_layers)
 
     @property
+    def read_ratio(self) -> float:
+        """Heads that compressed decode reads of a token, over those of a full cache.
+
+        Retained heads and sources, each once per layer: above `ratio` where layers read others.
+        """
+        read = sum(
+            len({*self.source_heads(index), *((index, head) for head in layer.retained)})
+            for index, layer in enumerate(self.layers)
+        )
+        return read / (self.num_kv_heads * self.num_layers)
+
+    @property
     def heads_per_shard(self) -> int:
         """KV heads of one shard."""
         return self.num_kv_heads // self.shards

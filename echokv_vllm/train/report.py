@@ -100,8 +100,8 @@ def report_text(
     rows = [
         "# Reconstruction errors",
         "",
-        f"Plan {plan.name} ({plan.ratio:.3f} of the bytes); key space: {block}; "
-        f"positions in [0, {max_position}).",
+        f"Plan {plan.name} ({plan.ratio:.3f} of the bytes kept, {plan.read_ratio:.3f} read by "
+        f"compressed decode); key space: {block}; positions in [0, {max_position}).",
         f"Stages: {stage_name(options, trained.descents)}.",
         f"Fitted on {num_fit_tokens} tokens, measured on {num_heldout_tokens} held-out tokens.",
         "Relative squared error: sum of squared differences over sum of squares; `fit` is that of "

@@ -167,6 +167,7 @@ def test_training_with_a_searched_plan(model_folder, corpus, tmp_path):
     assert (loaded.plan.name, loaded.plan.shards, loaded.plan.ratio) == ("auto-0.5", 2, 0.5)
     assert loaded.provenance["options"]["ratio"] == 0.5
     assert set(loaded.maps) == {0, 1, 2} and "auto-0.5" in result.report
+    assert "(0.500 of the bytes kept, 0.500 read by compressed decode)" in result.report
 
 
 def test_a_resumed_run_keeps_its_plan(model_folder, corpus, tmp_path, monkeypatch):

@@ -31,6 +31,18 @@ def test_preset_ratio(name, num_layers, num_kv_heads, shards, ratio):
     assert plan.num_layers == num_layers
 
 
+@pytest.mark.parametrize(
+    ("name", "read"), [("local-0.5", 0.5), ("paper-0.5", 1.0), ("paper-0.7", (8 + 11) / 16)]
+)
+def test_heads_read_by_decode(name, read):
+    assert preset_plan(name, 4, 8).read_ratio == pytest.approx(read)
+
+
+def test_a_retained_head_that_is_no_source_is_read_too():
+    layers = LayerPlan((0, 1), (Source(0, (1,)),)), LayerPlan((2,), (Source(0, (0,)),))
+    assert _plan(*layers).read_ratio == (2 + 2) / 8
+
+
 def test_local_preset_interleaves_shards():
     plan = preset_plan("local-0.5", 2, 8, shards=2)
     assert plan.layers[1].retained == (0, 1, 4, 5)
