@@ -230,8 +230,7 @@ def _launch_reduce(
 ) -> None:
     """Fills `scratch.mean` and `lse` from the items, which hold `means` or sums."""
     maps = heads.maps
-    items_per_request = scratch.num_programs // batch.num_reqs
-    items, columns = REDUCE.tile(heads.group_pad, maps.head_dim, items_per_request)
+    items, columns = REDUCE.tile(batch.num_reqs, heads.group_pad, maps.head_dim)
     size = mean_size(heads)
     num_parts = size // (heads.group * columns)
     per_request = max(1, min(num_parts, REDUCE.programs // batch.num_reqs))

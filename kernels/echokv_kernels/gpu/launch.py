@@ -163,31 +163,28 @@ class ExactTiles:
 class ReduceTiles:
     """Work items to one mean per row, by single warps: nothing but registers, many at a time.
 
+    Few requests have many items each, and each load waits for memory as long as a wider one. Two
+    kinds of tiles, no more: every kind is a variant to compile.
+
     Attributes:
-        elements: sums read at once.
-        columns: features of a part, at most.
-        min_columns: the same, at least.
-        min_items: items read at once, at least.
-        max_items: the same, at most.
+        few: requests that are few, at most.
+        few_tile: items and features read at once where requests are few.
+        many_tile: the same where they are many.
+        elements: numbers read at once, at most; wide groups take fewer items.
         programs: for all requests of a step; more than the GPU holds take the time to start.
     """
 
+    few: int = 16
+    few_tile: tuple[int, int] = (32, 32)
+    many_tile: tuple[int, int] = (2, 128)
     elements: int = 4096
-    columns: int = 128
-    min_columns: int = 32
-    min_items: int = 2
-    max_items: int = 32
     programs: int = 2560
 
-    def tile(self, group_pad: int, head_dim: int, items_per_request: int) -> tuple[int, int]:
-        """Items and features read at once, powers of two.
-
-        Few requests have many items each, and each load waits for memory as long as a wider one.
-        """
-        area = max(self.min_columns, self.elements // group_pad)
-        wanted = 1 << (max(1, items_per_request).bit_length() - 1)
-        items = min(max(wanted, self.min_items), self.max_items, area // self.min_columns)
-        return items, min(self.columns, area // items, head_dim & -head_dim)
+    def tile(self, num_reqs: int, group_pad: int, head_dim: int) -> tuple[int, int]:
+        """Items and features read at once, powers of two; features divide the head size."""
+        items, columns = self.few_tile if num_reqs <= self.few else self.many_tile
+        columns = min(columns, head_dim & -head_dim)
+        return max(1, min(items, self.elements // (columns * group_pad))), columns
 
 
 @dataclass(frozen=True)

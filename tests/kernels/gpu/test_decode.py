@@ -389,9 +389,12 @@ def test_more_programs_than_items_and_the_reverse(kit, device):
         Scene(kit, device, num_programs=num_programs, dtype=DTYPES[device.type][0]).check()
 
 
-@pytest.mark.parametrize("num_programs", [1, 9, 40])
-def test_reduces_many_items_of_few_requests(kit, device, num_programs):
-    """As many items at a time as a request is likely to have: 1, 4, and fewer than 40."""
+@pytest.mark.parametrize("few", [0, 16])
+@pytest.mark.parametrize("num_programs", [1, 40])
+def test_reduces_items_of_few_and_of_many_requests(kit, device, monkeypatch, num_programs, few):
+    from echokv_kernels.gpu import decode
+
+    monkeypatch.setattr(decode, "REDUCE", dataclasses.replace(decode.REDUCE, few=few))
     for dtype in DTYPES[device.type]:
         Scene(
             kit, device, context_lens=(1500, 900), full=(), dtype=dtype, num_programs=num_programs,
@@ -415,11 +418,11 @@ def test_combines_many_requests_in_wide_tiles(kit, device, monkeypatch, variant)
 def test_tiles_follow_the_batch(kit, device, group_pad, head_dim):
     from echokv_kernels.gpu.launch import COMBINE, REDUCE
 
-    for items_per_request in (0, 1, 3, 9, 264, 1000):
-        items, columns = REDUCE.tile(group_pad, head_dim, items_per_request)
-        assert items & (items - 1) == columns & (columns - 1) == 0
-        assert REDUCE.min_items <= items <= REDUCE.max_items and head_dim % columns == 0
-        assert items * columns * group_pad <= max(REDUCE.elements, 64 * group_pad)
+    few, many = (REDUCE.tile(n, group_pad, head_dim) for n in (1, 4096))
+    assert few[0] >= many[0] and few[1] <= many[1]
+    for items, columns in (few, many):
+        assert items & (items - 1) == columns & (columns - 1) == head_dim % columns == 0
+        assert items * columns * group_pad <= REDUCE.elements
     dim_pad = 1 << (head_dim - 1).bit_length()
     few, many = (COMBINE.tile(n, 4, group_pad, dim_pad) for n in (1, 4096))
     assert few[0] == 16 and many[0] == 32 and few[1] <= many[1] <= dim_pad
