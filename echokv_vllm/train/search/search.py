@@ -72,11 +72,14 @@ def search_plan(
         A plan named `auto-R`, R being its ratio.
 
     Raises:
-        ValueError: If the ratio cannot be reached or the sequences are too short.
+        ValueError: If the ratio cannot be reached, a layer retains more than `max_sources`, or the
+            sequences are too short.
     """
     num_layers = model.config.num_hidden_layers
     num_heads = model.config.num_key_value_heads
     budget = head_budget(options.ratio, num_layers, num_heads, options.shards, options.uniform)
+    # Some layer retains as many heads as the mean; said before the work, where it is known then.
+    _check_max_sources(options.max_sources, -(-budget * options.shards // num_layers))
     moments, probe = _observe(model, sequences, options, rotary, progress)
     scorer = Scorer(probe, moments, rotary, options.rotation_block, options.ridge)
     sizes = _sizes(budget, num_layers, num_heads // options.shards, options.uniform)
@@ -91,7 +94,7 @@ def search_plan(
         retained = [choice.retained for choice in sets]
         extra: list[list[HeadAt]] = [[] for _ in retained]
         if options.neighbours:
-            _check_max_sources(options.max_sources, retained)
+            _check_max_sources(options.max_sources, max(map(len, retained)))
             retained = _choose_again(scorer, sets, num_heads // options.shards, options.neighbours)
             extra = extra_sources(
                 scorer, retained, num_heads, options.shards, options.neighbours,
@@ -202,12 +205,12 @@ def _best_set(
     return min(zip(costs, sets, strict=True))
 
 
-def _check_max_sources(max_sources: int | None, retained: list[Heads]) -> None:
-    most = max(map(len, retained))
-    if max_sources is not None and max_sources < most:
+def _check_max_sources(max_sources: int | None, num_retained: int) -> None:
+    """A layer's own retained heads are its sources."""
+    if max_sources is not None and max_sources < num_retained:
         raise ValueError(
-            f"max_sources={max_sources} is below the {most} heads that a layer retains, which are "
-            f"its sources; use {most} or more, or a lower ratio"
+            f"max_sources={max_sources} is below the {num_retained} heads that a layer retains, "
+            f"which are its sources; use {num_retained} or more, or a lower ratio"
         )
 
 
