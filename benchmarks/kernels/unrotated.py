@@ -1,4 +1,4 @@
-"""Decode with un-rotated keys (the paper's form) against stock decode and what cuBLAS could do.
+"""Decode with un-rotated keys (rotation block 1) against stock decode and what cuBLAS could do.
 
     python benchmarks/kernels/unrotated.py OUT.json
 
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import GROUP, HEAD_DIM, EchoCase, EchoedDecode, StockDecode, randn
@@ -19,15 +20,23 @@ from timing import copy_bandwidth, time_graph
 
 from echokv_kernels.gpu.launch import DECODE
 
-PRESET, NUM_LAYERS, NUM_CACHES = "paper-0.5", 8, 2
-SHAPES = [(32, 8192), (8, 32768), (2, 131072)]
+NUM_LAYERS, NUM_CACHES = 10, 2  # a multiple of every preset's group
+CASES = [
+    ("paper-0.5", 32, 8192),
+    ("paper-0.5", 8, 32768),
+    ("paper-0.5", 2, 131072),
+    ("paper-0.3", 32, 8192),
+    ("local-0.5", 32, 8192),
+    ("local-0.375", 32, 8192),
+    ("local-0.25", 32, 8192),
+]
 GEMM_TOKENS = 65536
 
 
-def measure(num_reqs: int, context_len: int, bandwidth: float) -> dict[str, float]:
-    """One shape; microseconds per layer."""
+def measure(preset: str, num_reqs: int, context_len: int, bandwidth: float) -> dict[str, Any]:
+    """One plan and shape; microseconds per layer."""
     stock = time_graph(StockDecode(num_reqs, context_len, NUM_CACHES).calls()).median
-    echo = EchoedDecode(EchoCase(PRESET, 1, num_reqs, context_len), NUM_CACHES, DECODE, NUM_LAYERS)
+    echo = EchoedDecode(EchoCase(preset, 1, num_reqs, context_len), NUM_CACHES, DECODE, NUM_LAYERS)
     total = time_graph(echo.calls(), 11).median
     maps = echo.heads[0].maps
     tokens = num_reqs * context_len
@@ -38,6 +47,7 @@ def measure(num_reqs: int, context_len: int, bandwidth: float) -> dict[str, floa
     flop = 2 * tokens * maps.width * maps.num_heads * HEAD_DIM
     bound = product + tokens * maps.width * 2 / bandwidth * 1e6
     return {
+        "preset": preset,
         "num_reqs": num_reqs,
         "context_len": context_len,
         "stock_us": stock,
@@ -54,11 +64,11 @@ def measure(num_reqs: int, context_len: int, bandwidth: float) -> dict[str, floa
 def main() -> None:
     bandwidth = copy_bandwidth()
     rows = []
-    for num_reqs, context_len in SHAPES:
-        rows.append(measure(num_reqs, context_len, bandwidth))
+    for preset, num_reqs, context_len in CASES:
+        rows.append(measure(preset, num_reqs, context_len, bandwidth))
         row = rows[-1]
         print(
-            f"{PRESET} un-rotated {num_reqs} x {context_len:,}: {row['echoed_us']:.0f} us, "
+            f"{preset} un-rotated {num_reqs} x {context_len:,}: {row['echoed_us']:.0f} us, "
             f"{row['of_stock']:.2f}x stock ({row['stock_us']:.0f}), {row['of_bound']:.2f}x of the "
             f"bound {row['bound_us']:.0f} (cuBLAS {row['cublas_tflops']:.0f} TFLOP/s)",
             flush=True,
