@@ -199,11 +199,9 @@ class EchoedDecode:
             for count, start in zip(counts, starts.tolist()[:-1], strict=True)
         ]
         # The first layers have fewer earlier ones to read.
-        widths = [sum(len(source.heads) for source in layer.sources) for layer in plan.layers]
-        discarding = [n for n in range(num_layers) if plan.discarded(n)]
-        widest = max(widths[n] for n in discarding)
-        wide = [n for n in discarding if widths[n] == widest][:num_caches]
-        self.heads = [self._heads(plan, layer, views) for layer in wide]
+        widths = {n: len(plan.source_heads(n)) for n in range(num_layers) if plan.discarded(n)}
+        widest = [n for n, width in widths.items() if width == max(widths.values())]
+        self.heads = [self._heads(plan, layer, views) for layer in widest[:num_caches]]
         self._step(pages)
         self._inputs()
         self.retile(tiles)

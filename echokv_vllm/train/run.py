@@ -172,7 +172,7 @@ def _given_plan(options: TrainOptions, fingerprint: ModelFingerprint) -> EchoPla
     if options.plan != SEARCHED_PLAN:
         return load_plan(options.plan, *shape, options.shards)
     assert options.ratio is not None, "TrainOptions checks this"
-    head_budget(options.ratio, *shape, options.shards, options.uniform)
+    head_budget(options.ratio, *shape, options.shards, options.uniform, options.max_sources)
     return None
 
 

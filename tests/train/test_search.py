@@ -53,6 +53,17 @@ def _mute_head(model, layer, head):
         weight.view(32, -1, GROUP * DIM)[:, head] = 0
 
 
+def _repeat_first_layer(model, shift=0):
+    """Layer 1 sees what layer 0 saw and projects alike; its head h + shift is head h there."""
+    first, second = model.get_decoder().layers[:2]
+    with torch.no_grad():
+        first.self_attn.o_proj.weight.zero_()
+        first.mlp.down_proj.weight.zero_()
+        for name in ("k_proj", "v_proj"):
+            theirs, own = (getattr(layer.self_attn, name).weight for layer in (first, second))
+            own.copy_(theirs.roll(shift * DIM, 0))
+
+
 def test_a_copy_of_a_retained_head_is_dropped(tiny_model, sequences, options):
     model = tiny_model()
     pairs = [(0, 2), (1, 3), (0, 1)]
@@ -113,13 +124,7 @@ def test_copies_in_another_shard_are_of_no_use(tiny_model, sequences, options):
 
 def test_neighbours_are_retained_heads_of_earlier_layers(tiny_model, sequences, options):
     model = tiny_model()
-    # Layer 1 sees what layer 0 saw: the layer between adds nothing, and both project alike.
-    first, second = model.get_decoder().layers[:2]
-    with torch.no_grad():
-        first.self_attn.o_proj.weight.zero_()
-        first.mlp.down_proj.weight.zero_()
-        second.self_attn.k_proj.weight.copy_(first.self_attn.k_proj.weight.roll(DIM, 0))
-        second.self_attn.v_proj.weight.copy_(first.self_attn.v_proj.weight.roll(DIM, 0))
+    _repeat_first_layer(model, shift=1)
     plan = _search(model, sequences, options, uniform=True, neighbours=1, max_sources=3)
     (extra, own) = plan.layers[1].sources
     assert extra.layer == 0 and len(extra.heads) == 1 and own == Source(1, own.heads)
@@ -130,13 +135,7 @@ def test_neighbours_are_retained_heads_of_earlier_layers(tiny_model, sequences, 
 
 def test_retained_heads_are_chosen_beside_those_of_earlier_layers(tiny_model, sequences, options):
     model = tiny_model()
-    first, second = model.get_decoder().layers[:2]
-    with torch.no_grad():
-        first.self_attn.o_proj.weight.zero_()
-        first.mlp.down_proj.weight.zero_()
-        for name in ("k_proj", "v_proj"):
-            theirs, own = (getattr(of.self_attn, name).weight for of in (first, second))
-            own.copy_(theirs)
+    _repeat_first_layer(model)
     alone = _search(model, sequences, options, uniform=True)
     plan = _search(model, sequences, options, uniform=True, neighbours=1)
     # Layer 1 sees what layer 0 saw: together they retain every head, so nothing is lost.

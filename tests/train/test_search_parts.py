@@ -303,6 +303,7 @@ def test_reachable_ratios():
         ((0.5, 12, 8, 8, False), ["shards=8", "one KV head per shard"]),
         ((0.5, 12, 8, 3, False), ["shards=3", "divide"]),
         ((1.0, 12, 8, 1, False), ["ratio=1.0", "between 0 and 1"]),
+        ((0.5, 12, 8, 1, True, 3), ["max_sources=3", "below the 4 heads", "use 4 or more"]),
     ]:
         with pytest.raises(ValueError) as caught:
             head_budget(*arguments)

@@ -7,6 +7,8 @@ where it takes away some of what the plan loses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from echokv_vllm.train.search.covariance import HeadAt
@@ -14,6 +16,14 @@ from echokv_vllm.train.search.score import Scorer
 
 MIN_GAIN = 0.02
 """What a step must take away at least, relative to the mean cost of a layer."""
+
+
+def heads_in_reach(
+    retained: Sequence[tuple[int, ...]], layer: int, heads: range, reach: int
+) -> list[HeadAt]:
+    """What the `reach` layers before `layer` retain of `heads`, ascending."""
+    earlier = range(max(0, layer - reach), layer)
+    return [(at, head) for at in earlier for head in retained[at] if head in heads]
 
 
 def extra_sources(
@@ -75,13 +85,13 @@ class _Units:
         self._retained = retained
         self._size = num_kv_heads // shards
 
-    def _kept(self, layer: int, shard: int) -> list[HeadAt]:
-        return [(layer, head) for head in self._retained[layer] if head // self._size == shard]
+    def _heads(self, shard: int) -> range:
+        return range(shard * self._size, (shard + 1) * self._size)
 
     def _cost(self, layer: int, shard: int, extra: tuple[HeadAt, ...]) -> torch.Tensor:
-        kept = self._kept(layer, shard)
-        shard_heads = range(shard * self._size, (shard + 1) * self._size)
-        discarded = [head for head in shard_heads if (layer, head) not in kept]
+        heads, retained = self._heads(shard), self._retained[layer]
+        kept = [(layer, head) for head in retained if head in heads]
+        discarded = [head for head in heads if head not in retained]
         if not discarded:
             return torch.zeros(())
         return self._scorer.cost(layer, discarded, [*sorted(extra), *kept])
@@ -92,8 +102,7 @@ class _Units:
 
     def in_reach(self, layer: int, shard: int, reach: int) -> list[HeadAt]:
         """What earlier layers retain of a shard, ascending."""
-        earlier = range(max(0, layer - reach), layer)
-        return [head for at in earlier for head in self._kept(at, shard)]
+        return heads_in_reach(self._retained, layer, self._heads(shard), reach)
 
     def best_addition(
         self, layer: int, shard: int, extra: tuple[HeadAt, ...], reach: int

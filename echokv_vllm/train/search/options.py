@@ -78,14 +78,20 @@ def check_ratio(ratio: float) -> None:
 
 
 def head_budget(
-    ratio: float, num_layers: int, num_kv_heads: int, shards: int = 1, uniform: bool = False
+    ratio: float,
+    num_layers: int,
+    num_kv_heads: int,
+    shards: int = 1,
+    uniform: bool = False,
+    max_sources: int | None = None,
 ) -> int:
     """Heads that one shard retains, over all layers together.
 
     Every layer retains at least one head per shard, and at least one layer discards some.
 
     Raises:
-        ValueError: If the ratio cannot be reached within 0.01; names those that can.
+        ValueError: If the ratio cannot be reached within 0.01; names those that can. Or if a layer
+            would have more than `max_sources`.
     """
     check_ratio(ratio)
     if num_kv_heads % shards:
@@ -115,4 +121,19 @@ def head_budget(
             f"{allowed[0] / full:.4g} to {allowed[-1] / full:.4g} in steps of {step / full:.4g}, "
             f"nearest {' and '.join(f'{value:.4g}' for value in nearest)}; {remedy}"
         )
+    # Some layer retains as many heads as the mean.
+    check_max_sources(max_sources, -(-best * shards // num_layers))
     return best
+
+
+def check_max_sources(max_sources: int | None, num_retained: int) -> None:
+    """Refuse a bound that a layer's own retained heads, which are its sources, exceed.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if max_sources is not None and max_sources < num_retained:
+        raise ValueError(
+            f"max_sources={max_sources} is below the {num_retained} heads that a layer retains, "
+            f"which are its sources; use {num_retained} or more, or a lower ratio"
+        )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _KEPT_LAYERS = 16
+"""Layers whose turned keys stay in memory: more than a layer usually has neighbours."""
 
 
 class Scorer:

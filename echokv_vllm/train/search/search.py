@@ -22,8 +22,8 @@ from echokv_vllm.train.search.budget import spread
 from echokv_vllm.train.search.choose import Heads, shortlist
 from echokv_vllm.train.search.covariance import HeadAt, HeadMoments, collect
 from echokv_vllm.train.search.criterion import Elimination, output_moments
-from echokv_vllm.train.search.neighbours import extra_sources
-from echokv_vllm.train.search.options import SearchOptions, head_budget
+from echokv_vllm.train.search.neighbours import extra_sources, heads_in_reach
+from echokv_vllm.train.search.options import SearchOptions, check_max_sources, head_budget
 from echokv_vllm.train.search.probe import Probe, take_probe
 from echokv_vllm.train.search.score import Scorer
 
@@ -77,9 +77,9 @@ def search_plan(
     """
     num_layers = model.config.num_hidden_layers
     num_heads = model.config.num_key_value_heads
-    budget = head_budget(options.ratio, num_layers, num_heads, options.shards, options.uniform)
-    # Some layer retains as many heads as the mean; said before the work, where it is known then.
-    _check_max_sources(options.max_sources, -(-budget * options.shards // num_layers))
+    budget = head_budget(
+        options.ratio, num_layers, num_heads, options.shards, options.uniform, options.max_sources
+    )
     moments, probe = _observe(model, sequences, options, rotary, progress)
     scorer = Scorer(probe, moments, rotary, options.rotation_block, options.ridge)
     sizes = _sizes(budget, num_layers, num_heads // options.shards, options.uniform)
@@ -94,7 +94,7 @@ def search_plan(
         retained = [choice.retained for choice in sets]
         extra: list[list[HeadAt]] = [[] for _ in retained]
         if options.neighbours:
-            _check_max_sources(options.max_sources, max(map(len, retained)))
+            check_max_sources(options.max_sources, max(map(len, retained)))
             retained = _choose_again(scorer, sets, num_heads // options.shards, options.neighbours)
             extra = extra_sources(
                 scorer, retained, num_heads, options.shards, options.neighbours,
@@ -205,15 +205,6 @@ def _best_set(
     return min(zip(costs, sets, strict=True))
 
 
-def _check_max_sources(max_sources: int | None, num_retained: int) -> None:
-    """A layer's own retained heads are its sources."""
-    if max_sources is not None and max_sources < num_retained:
-        raise ValueError(
-            f"max_sources={max_sources} is below the {num_retained} heads that a layer retains, "
-            f"which are its sources; use {num_retained} or more, or a lower ratio"
-        )
-
-
 def _choose_again(
     scorer: Scorer, choices: list[Choice], shard_heads: int, reach: int
 ) -> list[Heads]:
@@ -223,12 +214,7 @@ def _choose_again(
         found: Heads = ()
         for shard, sets in enumerate(choice.shortlists):
             heads = range(shard * shard_heads, (shard + 1) * shard_heads)
-            earlier = [
-                (at, head)
-                for at in range(max(0, layer - reach), layer)
-                for head in retained[at]
-                if head in heads
-            ]
+            earlier = heads_in_reach(retained, layer, heads, reach)
             found += _best_set(scorer, layer, heads, sets, earlier)[1]
         retained.append(found)
     return retained

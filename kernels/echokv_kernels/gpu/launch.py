@@ -266,7 +266,8 @@ class UnrotatedTiles:
 # two loops 168, queries by way of the L1 cache 205. local-0.25, rotation block 64: 93 us; with
 # tiles of 64 tokens 91, with three programs per multiprocessor (168 registers) 117. Absorbing 64
 # blocks at a time: limits on registers below 255 spill and double its time. Reducing with four
-# warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5.
+# warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5; absorb, reduce and combine by
+# batch: benchmarks/results/2026-11-22-h200-6.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
 EXACT = ExactTiles()
