@@ -1,8 +1,8 @@
 """Decode attention over echoed context, by absorbed queries: one pass over the retained pages.
 
 The tokens of compressed decodes are cut into equal shares, one per program, and a share at the end
-of a request into work items (step_plan). A program takes its items chunk by chunk; chunks begin at
-multiples of their length. Narrow features take one loop over the tokens (fused.py), wide ones two:
+of a request into work items (step_plan). A program takes its items chunk by chunk. Features whose
+sums fit the registers take one loop over the tokens (fused.py), others two:
 
     scores    S[token, row]       A . x_K, masked, to scratch; running maximum
     values    acc[F, row]         sum_t exp2(S - m) x_V(t)
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.absorb import ready_line
+from echokv_kernels.gpu.absorb import line_of, ready_line
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
@@ -273,9 +273,13 @@ def absorbed_decode_kernel(
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
         wait_for_previous(PDL)
-        for chunk in range(item_start // CHUNK, tl.cdiv(item_stop, CHUNK)):
-            start = tl.maximum(item_start, chunk * CHUNK)
-            stop = tl.minimum(item_stop, (chunk + 1) * CHUNK)
+        # A chunk begins where the item does if its absorbed queries are made ahead, so that the
+        # share of a long request is one chunk and not two: each costs three pipelines' beginnings.
+        last_line = request_line + line_of(item_stop - 1, ROTATION_BLOCK)
+        origin = tl.where(last_line < max_lines, item_start, item_start // CHUNK * CHUNK)
+        for first in range(origin, item_stop, CHUNK):
+            start = tl.maximum(item_start, first)
+            stop = tl.minimum(item_stop, first + CHUNK)
             line = ready_line(
                 query, stride_query_head, key_map_ptr, key_bias_ptr, row_query_ptr, coarse_ptr,
                 fine_ptr, absorbed_ptr, offset_ptr, request_line, own_line, max_lines, start, stop,

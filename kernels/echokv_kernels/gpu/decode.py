@@ -135,7 +135,7 @@ def _launch_absorbed(
         ROW_PAD=heads.row_pad,
         DIM_PAD=heads.dim_pad,
         GROUP_PAD=heads.group_pad,
-        num_warps=tiles.num_warps,
+        num_warps=tiles.warps(*_width(heads), fused),
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )
@@ -216,9 +216,12 @@ def attend_context(
 
 def _is_fused(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> bool:
     """Whether one loop takes keys and values, and leaves means of its items instead of sums."""
-    width = heads.features.num_heads * heads.dim_pad
-    itemsize = heads.maps.key.element_size()
-    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, width, itemsize)
+    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, *_width(heads))
+
+
+def _width(heads: EchoedHeads) -> tuple[int, int]:
+    """Features of one token, padded, and bytes of each."""
+    return heads.features.num_heads * heads.dim_pad, heads.maps.key.element_size()
 
 
 def _items(heads: EchoedHeads, scratch: DecodeScratch, means: bool) -> torch.Tensor:

@@ -19,6 +19,8 @@ class DecodeTiles:
         block_len: tokens per tile of keys, at most.
         programs_per_sm: persistent programs per multiprocessor.
         num_warps: warps per program.
+        narrow_bytes: keys of one token up to which features are narrow.
+        wide_warps: warps of one loop over wider ones; one such program fits a multiprocessor.
         score_stages: depth of the pipeline that loads keys.
         value_stages: depth of the pipeline that loads values.
         max_width: features of one token in a tile of keys, at most.
@@ -41,12 +43,14 @@ class DecodeTiles:
     block_len: int = 64
     programs_per_sm: int = 2
     num_warps: int = 4
+    narrow_bytes: int = 1024
+    wide_warps: int = 8
     score_stages: int = 4
     value_stages: int = 3
     max_width: int = 128
     value_width: int = 512
     value_len: int = 32
-    fused_bytes: int = 1024
+    fused_bytes: int = 2048
     fused_len: int = 32
     fused_stages: int = 2
     hold_from: int = 1024
@@ -58,6 +62,11 @@ class DecodeTiles:
     def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
         """Whether one loop takes keys and values; `width` features padded, `itemsize` bytes."""
         return width * itemsize <= self.fused_bytes and echo_pad * width <= self.max_sums
+
+    def warps(self, width: int, itemsize: int, fused: bool) -> int:
+        """Warps per program; arguments as of `is_fused`, and its answer."""
+        wide = width * itemsize > self.narrow_bytes
+        return self.wide_warps if fused and wide else self.num_warps
 
     def stages(self, wanted: int, stage_bytes: int) -> int:
         """Depth of a pipeline that fits the shared memory."""

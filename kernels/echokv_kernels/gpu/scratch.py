@@ -20,7 +20,8 @@ class DecodeShape:
 
     Attributes:
         rotation_block: 0, 1, or a multiple of 16.
-        chunk_len: tokens of a chunk; chunks begin at multiples of it.
+        chunk_len: tokens of a chunk; chunks whose queries are not absorbed ahead begin at multiples
+            of it.
         num_blocks: rotation blocks in a chunk.
         block_len: tokens per tile, within one rotation block.
     """

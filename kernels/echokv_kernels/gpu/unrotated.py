@@ -59,6 +59,7 @@ def unrotated_chunk(
     stop,
     seq_len,
     scale_log2,
+    width,
     NUM_TILES: tl.constexpr,
     NUM_ECHOED: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -109,7 +110,7 @@ def unrotated_chunk(
             )  # fmt: skip
         rebuilt_scores(
             plain_ptr, turned_ptr + tile * (ECHO_ROWS * 2 * HALF_PAD), key_map_ptr, key_bias_ptr,
-            place_ptr, exact_ptr, tile_scores, first, stop, seq_len, scale_log2,
+            place_ptr, exact_ptr, tile_scores, first, stop, seq_len, scale_log2, width,
             NUM_ECHOED, GROUP, NUM_SOURCES * HEAD_DIM, HEAD_DIM, ROTARY_DIM, INTERLEAVED, HAS_BIAS,
             RESIDUAL_BLOCK_SIZE, BLOCK_M, ROW_PAD, HALF_PAD, HEADS, STEP, ROWS, SCORE_STAGES,
         )  # fmt: skip
@@ -147,6 +148,7 @@ def unrotated_decode_kernel(
     stride_exact,
     block_stride,
     scale_log2,
+    width,  # F
     CHUNK: tl.constexpr,
     NUM_ECHOED: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -209,7 +211,7 @@ def unrotated_decode_kernel(
                 pool_ptr, block_stride, source_offset_ptr, table, exact,
                 query_ptr + token * stride_query_token, stride_query_head, key_map_ptr,
                 key_bias_ptr, row_query_ptr, row_source_ptr, coarse_ptr, fine_ptr, places,
-                plain, turned, scores, start, stop, seq_len, scale_log2,
+                plain, turned, scores, start, stop, seq_len, scale_log2, width,
                 NUM_TILES, NUM_ECHOED, NUM_ROWS, GROUP, NUM_SOURCES, HEAD_DIM, ROTARY_DIM,
                 INTERLEAVED, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_M, ROW_PAD, HALF_PAD,
                 HEADS, STEP, ROWS, OWN_ROWS, PAIRS, SCORE_STAGES,
@@ -264,7 +266,7 @@ def launch_unrotated(
         rotation.coarse, rotation.fine, scratch.places, scratch.plain, scratch.turned,
         scratch.scores, scratch.sums, scratch.maximum, scratch.total,
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),
-        plan.exact.stride(0), features.block_stride, scale_log2,
+        plan.exact.stride(0), features.block_stride, scale_log2, maps.width,
         CHUNK=shape.chunk_len,
         NUM_ROWS=heads.num_rows,
         ROTARY_DIM=rotation.rotary_dim,

@@ -72,6 +72,7 @@ def rebuilt_scores(
     stop,
     seq_len,
     scale_log2,
+    width,  # F, as a number that the compiler does not know
     NUM_ECHOED: tl.constexpr,
     GROUP: tl.constexpr,
     F: tl.constexpr,
@@ -99,13 +100,14 @@ def rebuilt_scores(
     map_column = column // COLUMNS * (F * HEAD_DIM) + element
     x_at = (slot * F)[:, None] + step[None, :]
     w_at = (step * HEAD_DIM)[:, None] + map_column[None, :]
-    # Two loops: one loop would have to wait for every product before the next.
+    # Two loops: one loop would have to wait for every product before the next. If the length of the
+    # inner one were known, it would be unrolled, and spill registers (9 % of the time).
     for group in range(0, NUM_GROUPS):
         acc = tl.zeros([BLOCK_M, HEADS * COLUMNS], tl.float32)
         real = known & (group * HEADS + column // COLUMNS < NUM_ECHOED)
         real = tl.max_constancy(real, 8)
         group_map = key_map_ptr + group * (HEADS * F * HEAD_DIM)
-        for k in tl.range(0, F, STEP, num_stages=STAGES):
+        for k in tl.range(0, width, STEP, num_stages=STAGES):
             x = tl.load(plain_ptr + k + x_at)
             w_ptrs = group_map + k * HEAD_DIM + w_at
             w = tl.load(w_ptrs) if ALL_KNOWN else tl.load(w_ptrs, mask=real[None, :], other=0.0)

@@ -27,7 +27,7 @@ class Scene:
         residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
         interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
         full=(1,), chunk_len=128, num_programs=3, max_lines=6, num_retained=HEADS, seed=0,
-        fused_bytes=1024, num_parts=1,
+        fused_bytes=2048, narrow_bytes=1024, num_parts=1,
     ):  # fmt: skip
         self.kit, self.device, self.dtype = kit, device, dtype
         self.rotation_block, self.group, self.full = rotation_block, group, full
@@ -72,7 +72,8 @@ class Scene:
         self.exact_out[self.exact_lens == 0] = float("nan")
         self.exact_lse[self.exact_lens == 0] = float("nan")
         self.chunk_len, self.num_programs, self.max_lines = chunk_len, num_programs, max_lines
-        self.fused_bytes, self.num_parts = fused_bytes, num_parts
+        self.fused_bytes, self.narrow_bytes = fused_bytes, narrow_bytes
+        self.num_parts = num_parts
 
     def plan(self, align):
         n, batch = len(self.batch.query_lens), self.batch
@@ -117,6 +118,7 @@ class Scene:
             value_width=2 * self.batch.head_dim,
             value_len=64,
             fused_bytes=self.fused_bytes,
+            narrow_bytes=self.narrow_bytes,
             hold_from=256,
         )
         shape = DecodeShape.of(self.rotation_block, tiles)
@@ -279,6 +281,23 @@ def test_unrotated_matches_its_parts(kit, device, variant):
 def test_unrotated_odd_lengths(kit, device, length):
     for dtype in DTYPES[device.type]:
         Scene(kit, device, 1, context_lens=(length, length - 1), full=(), dtype=dtype).check()
+
+
+WIDE = {
+    "plain": {},
+    "partial": VARIANTS["partial"],
+    "many sources": {
+        "sources": ((1, None), (0, None)), "head_dim": 128, "num_echoed": 4, "group": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation_block", [0, 64])
+@pytest.mark.parametrize("variant", WIDE)
+def test_one_loop_over_wide_features(kit, device, variant, rotation_block):
+    """By twice the warps."""
+    for dtype in DTYPES[device.type]:
+        Scene(kit, device, rotation_block, dtype=dtype, narrow_bytes=0, **WIDE[variant]).check()
 
 
 @pytest.mark.parametrize("rotation_block", [0, 64, 256])
