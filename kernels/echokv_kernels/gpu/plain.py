@@ -102,7 +102,9 @@ def load_pairs(
     if INTERLEAVED:
         element = chunk * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)
         known = tl.max_constancy(element < HEAD_DIM, 8)[None, :]
-        x_first = tl.load(head_ptr + element[None, :], mask=mask & known, other=0.0)
+        x_first = tl.load(
+            head_ptr + element[None, :], mask=mask & known, other=0.0, eviction_policy="evict_first"
+        )
         x_second = x_first
     else:
         pair = chunk * PAIRS + tl.arange(0, PAIRS)
@@ -111,8 +113,12 @@ def load_pairs(
         if ROTARY_DIM != HEAD_DIM:
             first = _in_runs(first, HEAD_DIM, ROTARY_DIM)
             second = _in_runs(second, HEAD_DIM, ROTARY_DIM)
-        x_first = tl.load(head_ptr + first[None, :], mask=mask & known, other=0.0)
-        x_second = tl.load(head_ptr + second[None, :], mask=mask & known, other=0.0)
+        x_first = tl.load(
+            head_ptr + first[None, :], mask=mask & known, other=0.0, eviction_policy="evict_first"
+        )
+        x_second = tl.load(
+            head_ptr + second[None, :], mask=mask & known, other=0.0, eviction_policy="evict_first"
+        )
     return x_first, x_second
 
 
@@ -137,7 +143,7 @@ def store_turned_back(
         a, b = tl.split(tl.reshape(x_first.to(tl.float32), [cos.shape[0], PAIRS, 2]))
         back = tl.join(a * cos + b * sin, b * cos - a * sin)
         back = tl.reshape(back, [cos.shape[0], 2 * PAIRS]).to(dtype)
-        tl.store(head_ptr + element[None, :], back, mask=known)
+        tl.store(head_ptr + element[None, :], back, mask=known, eviction_policy="evict_last")
     else:
         pair = chunk * PAIRS + tl.arange(0, PAIRS)
         known = tl.max_constancy(pair < HEAD_DIM // 2, 8)[None, :]
@@ -146,8 +152,18 @@ def store_turned_back(
             first = _in_runs(first, HEAD_DIM, ROTARY_DIM)
             second = _in_runs(second, HEAD_DIM, ROTARY_DIM)
         a, b = x_first.to(tl.float32), x_second.to(tl.float32)
-        tl.store(head_ptr + first[None, :], (a * cos + b * sin).to(dtype), mask=known)
-        tl.store(head_ptr + second[None, :], (b * cos - a * sin).to(dtype), mask=known)
+        tl.store(
+            head_ptr + first[None, :],
+            (a * cos + b * sin).to(dtype),
+            mask=known,
+            eviction_policy="evict_last",
+        )
+        tl.store(
+            head_ptr + second[None, :],
+            (b * cos - a * sin).to(dtype),
+            mask=known,
+            eviction_policy="evict_last",
+        )
 
 
 @triton.jit
