@@ -206,11 +206,8 @@ def unrotated_decode_kernel(
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
-        # First chunks differ in length, so that some programs read while others multiply.
-        origin = item_start - program % NUM_TILES * BLOCK_M
-        for chunk in range(origin, item_stop, CHUNK):
-            start = tl.maximum(chunk, item_start)
-            stop = tl.minimum(chunk + CHUNK, item_stop)
+        for start in range(item_start, item_stop, CHUNK):
+            stop = tl.minimum(start + CHUNK, item_stop)
             unrotated_chunk(
                 pool_ptr, block_stride, source_offset_ptr, table, exact,
                 query_ptr + token * stride_query_token, stride_query_head, key_map_ptr,
