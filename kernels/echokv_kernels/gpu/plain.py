@@ -1,4 +1,4 @@
-"""What decode with un-rotated keys prepares: plain features, turned queries, a table of angles.
+"""What decode with un-rotated keys prepares: plain features and turned queries.
 
 Tiles begin at any position s; place i of a tile is position s + i. A key is rotated forward by i
 only, and the queries are rotated back by s, which leaves their product as it was.
@@ -66,26 +66,6 @@ def turn_queries(
         to = turned_ptr + NUM_TILES * ECHO_ROWS * (2 * HALF_PAD)
         to += ((row - ECHO_ROWS) * (2 * HALF_PAD))[:, None] + element[None, :]
         tl.store(to, q.to(dtype), mask=real[:, None])
-
-
-@triton.jit
-def fill_places(
-    place_ptr,  # [2, BLOCK_M, HALF_PAD], written: cosines, then sines
-    fine_ptr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-):
-    """Angles of the places in a tile, small enough to pass through shared memory."""
-    dtype = place_ptr.dtype.element_ty
-    slot = tl.arange(0, BLOCK_M)
-    pair = tl.arange(0, HALF_PAD)
-    mask = (pair < HEAD_DIM // 2)[None, :]
-    at = fine_ptr + (slot * HEAD_DIM)[:, None] + pair[None, :]
-    to = place_ptr + (slot * HALF_PAD)[:, None] + pair[None, :]
-    tl.store(to, tl.load(at, mask=mask, other=1.0).to(dtype))
-    sin = tl.load(at + HEAD_DIM // 2, mask=mask, other=0.0)
-    tl.store(to + BLOCK_M * HALF_PAD, sin.to(dtype))
 
 
 @triton.jit

@@ -31,12 +31,17 @@ class RotationTable:
         coarse: [ceil(max_position / 256), 2, head_dim / 2] float32, cosines then sines of the
             positions 0, 256, 512, ...
         fine: [256, 2, head_dim / 2] float32, of the positions 0 ... 255.
+        places: the same numbers as [2, 256, head_dim / 2 rounded up to a power of two], cosines
+            then sines, for kernels that read them with the layout of a product.
+        places_half: `places` in float16, which costs such kernels half the shared memory.
         rotary_dim: elements of a head that the model rotates.
         interleaved: as in `Rotary`.
     """
 
     coarse: torch.Tensor
     fine: torch.Tensor
+    places: torch.Tensor
+    places_half: torch.Tensor
     rotary_dim: int
     interleaved: bool
 
@@ -45,6 +50,8 @@ class RotationTable:
         """Tables for positions 0 ... max_position - 1, on the device of `rotary`."""
         device = rotary.inv_freq.device
         num_coarse = -(-max_position // FINE_LEN)
+        half = rotary.head_dim // 2
+        padding = (0, triton.next_power_of_2(half) - half)
 
         def table(positions: torch.Tensor) -> torch.Tensor:
             cos, sin = rotary.cos_sin(positions)
@@ -53,9 +60,14 @@ class RotationTable:
             sin = torch.nn.functional.pad(sin, (0, still))
             return torch.stack((cos, sin), dim=1).contiguous()
 
+        fine = table(torch.arange(FINE_LEN, device=device))
+        # Padding pairs meet zeros, but must not make them NaN.
+        places = torch.nn.functional.pad(fine, padding).transpose(0, 1).contiguous()
         return cls(
             coarse=table(torch.arange(num_coarse, device=device) * FINE_LEN),
-            fine=table(torch.arange(FINE_LEN, device=device)),
+            fine=fine,
+            places=places,
+            places_half=places.half(),
             rotary_dim=rotary.rotary_dim,
             interleaved=rotary.interleaved,
         )

@@ -92,8 +92,8 @@ class DecodeScratch:
         maximum, total: [programs + max_reqs, row_pad] float32, its softmax state.
         mean: [max_reqs, mean_size], cache dtype, each request's features over all its items.
         lse: [max_reqs, rows] float32, log2, of the same.
-        places, plain, turned: of un-rotated keys (unrotated.py), empty for other rotation blocks;
-            cache dtype, places float16 if that is 16 bits.
+        plain, turned: of un-rotated keys (unrotated.py), cache dtype; empty for other rotation
+            blocks.
     """
 
     num_programs: int
@@ -106,7 +106,6 @@ class DecodeScratch:
     total: torch.Tensor
     mean: torch.Tensor
     lse: torch.Tensor
-    places: torch.Tensor
     plain: torch.Tensor
     turned: torch.Tensor
 
@@ -142,10 +141,10 @@ class DecodeScratch:
         max_lines = min(max_lines, line_bytes // (line * dtype.itemsize))
         num_lines = max_lines + num_programs * shape.num_blocks
         assert num_lines * line < 2**31, "elements of absorbed queries are counted in 32 bits"
-        places, plain, turned = 0, 0, 0
+        plain, turned = 0, 0
         if shape.rotation_block == 1:
             sizes = [unrotated_sizes(group, shape) for group in groups]
-            places, plain, turned = (max(size) for size in zip(*sizes, strict=True))
+            plain, turned = (max(size) for size in zip(*sizes, strict=True))
             max_lines = num_lines = 0
         return cls(
             num_programs=num_programs,
@@ -158,9 +157,6 @@ class DecodeScratch:
             total=empty(max_items * rows),
             mean=empty(max_reqs * max(mean_size(group) for group in groups), dtype),
             lse=empty(max_reqs * rows),
-            places=empty(
-                num_programs * places, torch.float16 if dtype.itemsize == 2 else torch.float32
-            ),
             plain=empty(num_programs * plain, dtype),
             turned=empty(num_programs * turned, dtype),
         )

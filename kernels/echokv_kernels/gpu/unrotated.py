@@ -25,7 +25,7 @@ import triton.language as tl
 
 from echokv_kernels.gpu.absorbed import weighted_values
 from echokv_kernels.gpu.launch import UNROTATED
-from echokv_kernels.gpu.plain import fill_places, plain_features, turn_queries
+from echokv_kernels.gpu.plain import plain_features, turn_queries
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.unrotated_scores import largest_scores, rebuilt_scores, retained_scores
 
@@ -135,7 +135,7 @@ def unrotated_decode_kernel(
     share_len_ptr,  # [1] int64
     coarse_ptr,
     fine_ptr,
-    place_ptr,  # [programs, 2, BLOCK_M, HALF_PAD] float16, or float32 like the cache
+    place_ptr,  # RotationTable.places, or places_half where the cache has 16 bits
     plain_ptr,  # [programs, BLOCK_M, F]
     turned_ptr,  # [programs, turned size], see turn_queries
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
@@ -188,8 +188,6 @@ def unrotated_decode_kernel(
     plain = plain_ptr + place * (BLOCK_M * F)
     turned = turned_ptr + place * TURNED
     scores = scores_ptr + place * (CHUNK * ROW_PAD)
-    places = place_ptr + place * (2 * BLOCK_M * HALF_PAD)
-    fill_places(places, fine_ptr, HEAD_DIM, BLOCK_M, HALF_PAD)
     row = tl.arange(0, ROW_PAD)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
     while position < share_end:
@@ -211,7 +209,7 @@ def unrotated_decode_kernel(
             unrotated_chunk(
                 pool_ptr, block_stride, source_offset_ptr, table, exact,
                 query_ptr + token * stride_query_token, stride_query_head, key_map_ptr,
-                key_bias_ptr, row_query_ptr, row_source_ptr, coarse_ptr, fine_ptr, places,
+                key_bias_ptr, row_query_ptr, row_source_ptr, coarse_ptr, fine_ptr, place_ptr,
                 plain, turned, scores, start, stop, seq_len, scale_log2, width,
                 NUM_TILES, NUM_ECHOED, NUM_ROWS, GROUP, NUM_SOURCES, HEAD_DIM, ROTARY_DIM,
                 INTERLEAVED, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_M, ROW_PAD, HALF_PAD,
@@ -233,13 +231,13 @@ def unrotated_decode_kernel(
         position = behind
 
 
-def unrotated_sizes(heads: EchoedHeads, shape: DecodeShape) -> tuple[int, int, int]:
-    """Elements of one program's table of angles, plain features and turned queries."""
+def unrotated_sizes(heads: EchoedHeads, shape: DecodeShape) -> tuple[int, int]:
+    """Elements of one program's plain features and turned queries."""
     dim_pad = heads.dim_pad
     block_m = UNROTATED.tile_len(shape.chunk_len)
     echo_rows = heads.num_echoed * heads.group
     turned = shape.chunk_len // block_m * echo_rows + heads.num_rows - echo_rows
-    return block_m * dim_pad, block_m * heads.maps.width, turned * dim_pad
+    return block_m * heads.maps.width, turned * dim_pad
 
 
 def launch_unrotated(
@@ -259,12 +257,13 @@ def launch_unrotated(
     dim_pad = heads.dim_pad
     sizes = UNROTATED.fit(maps.key.dtype.itemsize)
     columns = sizes.heads(heads.num_echoed, dim_pad)
+    places = rotation.places_half if maps.key.dtype.itemsize == 2 else rotation.places
     unrotated_decode_kernel[(scratch.num_programs,)](
         query, features.pool, features.offsets, maps.key,
         maps.key if maps.key_bias is None else maps.key_bias,
         heads.row_query, heads.row_source, batch.retained_table, plan.exact,
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.share_len,
-        rotation.coarse, rotation.fine, scratch.places, scratch.plain, scratch.turned,
+        rotation.coarse, rotation.fine, places, scratch.plain, scratch.turned,
         scratch.scores, scratch.sums, scratch.maximum, scratch.total,
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),
         plan.exact.stride(0), features.block_stride, scale_log2, maps.width,

@@ -65,7 +65,7 @@ def rebuilt_scores(
     turned_ptr,  # [ECHO_ROWS, 2, HALF_PAD] of this tile
     key_map_ptr,  # [NUM_ECHOED, F, HEAD_DIM]
     key_bias_ptr,  # [NUM_ECHOED, HEAD_DIM]
-    place_ptr,  # as in fill_places
+    place_ptr,  # [2, 256, HALF_PAD]: cosines, then sines of the places in a tile
     exact_ptr,  # [residual pages] uint8 of one request
     scores_ptr,  # [BLOCK_M, ROW_PAD] float32 of this tile
     start,
@@ -163,7 +163,7 @@ def score_keys(
     exact = tl.load(exact_ptr + position // RESIDUAL_BLOCK_SIZE, mask=inside, other=1)
     at = place_ptr + (slot * HALF_PAD)[:, None] + tl.arange(0, HALF_PAD)[None, :]
     cos = tl.load(at).to(tl.float32)[:, None, :]
-    sin = tl.load(at + BLOCK_M * HALF_PAD).to(tl.float32)[:, None, :]
+    sin = tl.load(at + 256 * HALF_PAD).to(tl.float32)[:, None, :]
     if INTERLEAVED:
         keys = tl.reshape(keys, [BLOCK_M, HEADS, HALF_PAD, 2])
     else:
