@@ -276,7 +276,7 @@ class UnrotatedTiles:
 # tiles of 64 tokens 91, with three programs per multiprocessor (168 registers) 117. Absorbing 64
 # blocks at a time: limits on registers below 255 spill and double its time. Reducing with four
 # warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5; absorb, reduce and combine by
-# batch: benchmarks/results/2026-11-22-h200-6.
+# batch: benchmarks/results/2026-11-22-h200-6. Wide features and un-rotated keys: -h200-7.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
 EXACT = ExactTiles()
