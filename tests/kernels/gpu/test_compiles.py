@@ -19,6 +19,7 @@ CASES = [
     ("paper-0.3", 64, 8, 4, 128),
     ("paper-0.5", 1, 8, 4, 128),
     ("local-0.5", 0, 4, 4, 256),
+    ("local-0.5", 64, 8, 4, 256),
     ("local-0.5", 64, 2, 16, 64),
 ]
 NAMES = ("preset", "rotation_block", "num_kv_heads", "group", "head_dim")
