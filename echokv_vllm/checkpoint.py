@@ -20,8 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 
 import torch
 
+from echokv_vllm.atomic_folder import write_folder
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan, PlanError
 
@@ -205,7 +204,7 @@ class EchoCheckpoint:
         for name, text in ((REPORT_FILE, report), (CURVES_FILE, curves)):
             if text is not None:
                 files[name] = text.encode()
-        _write_folder(target, files)
+        write_folder(target, files)
         return target
 
     def check_model(self, fingerprint: ModelFingerprint) -> None:
@@ -252,41 +251,6 @@ def check_destination(folder: str | os.PathLike[str], overwrite: bool = False) -
             f"folder {str(target)!r} already holds a checkpoint; allow overwriting or name "
             "another folder"
         )
-
-
-def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Write a sibling folder completely, then rename it into place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling is on the same file system, so that the renames are atomic.
-    suffix = uuid.uuid4().hex[:8]
-    fresh = target.with_name(f".{target.name}.new-{suffix}")
-    old = target.with_name(f".{target.name}.old-{suffix}")
-    fresh.mkdir()
-    try:
-        for name, payload in files.items():
-            with (fresh / name).open("wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-        if target.exists():
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror}; the checkpoint was not written and nothing was left behind",
-            str(target),
-        ) from error
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
-    # The new one is in place: what cannot be deleted of the old one is no failure to save.
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _resolve(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:
