@@ -95,7 +95,6 @@ class GpuMemory:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
-        scratch = [value for value in vars(self.scratch).values() if torch.is_tensor(value)]
-        own = [self.workspace, self.merged, self.part, self.merged_lse]
-        own += [self.rotation.coarse, self.rotation.fine]
-        return sum(tensor.numel() * tensor.element_size() for tensor in own + scratch)
+        parts = (vars(self), vars(self.scratch), vars(self.rotation))
+        tensors = [value for part in parts for value in part.values() if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
