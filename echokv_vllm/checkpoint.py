@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from echokv_vllm.atomic_folder import write_folder
+from echokv_vllm.durable import write_folder
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan, PlanError
 
@@ -204,7 +204,7 @@ class EchoCheckpoint:
         for name, text in ((REPORT_FILE, report), (CURVES_FILE, curves)):
             if text is not None:
                 files[name] = text.encode()
-        write_folder(target, files)
+        write_folder(target, files, "the checkpoint")
         return target
 
     def check_model(self, fingerprint: ModelFingerprint) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from echokv_vllm.durable import write_file
+
 _FORMAT = "echokv-training-1"
 
 
@@ -95,10 +97,7 @@ class StateFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f"{self.path.name}-{uuid.uuid4().hex[:8]}")
         try:
-            with fresh.open("wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(fresh, payload)
             os.replace(fresh, self.path)
         except OSError as error:
             raise OSError(

@@ -107,6 +107,12 @@ def line_of(position, ROTATION_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def made_ahead(request_line, stop, max_lines, ROTATION_BLOCK: tl.constexpr):
+    """Whether the lines of a request's positions below `stop` are made ahead."""
+    return request_line + line_of(stop - 1, ROTATION_BLOCK) < max_lines
+
+
+@triton.jit
 def ready_line(
     query_ptr,  # [query heads, HEAD_DIM] of the request's token
     stride_query_head,
@@ -141,7 +147,7 @@ def ready_line(
     NUM_TILES: tl.constexpr = NUM_ECHOED * ((NUM_BLOCKS + BLOCKS_PER_TILE - 1) // BLOCKS_PER_TILE)
     ROWS: tl.constexpr = NUM_ECHOED * GROUP
     line = tl.cast(request_line + line_of(start, ROTATION_BLOCK), tl.int64)
-    if request_line + line_of(stop - 1, ROTATION_BLOCK) >= max_lines:
+    if not made_ahead(request_line, stop, max_lines, ROTATION_BLOCK):
         line = tl.cast(own_line, tl.int64)
         for tile in range(NUM_TILES):
             absorb_tile(

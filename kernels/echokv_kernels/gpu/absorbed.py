@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.absorb import line_of, ready_line
+from echokv_kernels.gpu.absorb import made_ahead, ready_line
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
@@ -275,8 +275,8 @@ def absorbed_decode_kernel(
         wait_for_previous(PDL)
         # A chunk begins where the item does if its absorbed queries are made ahead, so that the
         # share of a long request is one chunk and not two: each costs three pipelines' beginnings.
-        last_line = request_line + line_of(item_stop - 1, ROTATION_BLOCK)
-        origin = tl.where(last_line < max_lines, item_start, item_start // CHUNK * CHUNK)
+        ahead = made_ahead(request_line, item_stop, max_lines, ROTATION_BLOCK)
+        origin = tl.where(ahead, item_start, item_start // CHUNK * CHUNK)
         for first in range(origin, item_stop, CHUNK):
             start = tl.maximum(item_start, first)
             stop = tl.minimum(item_stop, first + CHUNK)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from echokv_kernels.gpu.absorb import line_of, ready_line
+from echokv_kernels.gpu.absorb import made_ahead, ready_line
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
 from echokv_kernels.gpu.softmax import add_weights
@@ -244,8 +244,8 @@ def fused_decode_kernel(
             acc += (tl.zeros([ECHO_PAD, DIM_PAD], tl.float32),)  # type: ignore[assignment]
         own_acc = tl.zeros([OWN_PAD, DIM_PAD], tl.float32)
         # Whole where all its absorbed queries are made ahead: every chunk starts a pipeline anew.
-        last_line = request_line + line_of(item_stop - 1, ROTATION_BLOCK)
-        step = tl.where(last_line < max_lines, 1 << 30, CHUNK)
+        ahead = made_ahead(request_line, item_stop, max_lines, ROTATION_BLOCK)
+        step = tl.where(ahead, 1 << 30, CHUNK)
         wait_for_previous(PDL)
         for chunk in range(item_start // step, tl.cdiv(item_stop, step)):
             start = tl.maximum(item_start, chunk * step)

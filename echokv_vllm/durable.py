@@ -1,4 +1,4 @@
-"""A folder of files that is complete or absent, also after a crash or on a full disk."""
+"""Files that outlast a crash, and folders that are complete or absent, also on a full disk."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+def write_file(path: Path, payload: bytes) -> None:
+    """Write a file; on return its bytes are on the disk."""
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_folder(target: Path, files: Mapping[str, bytes], what: str) -> None:
     """Write a sibling folder completely, then rename it into place.
 
     Args:
         target: The folder; one that is there is replaced.
         files: Contents by name.
+        what: What the folder is, for the message of an error.
 
     Raises:
         OSError: If anything could not be written; what was there before is still there.
@@ -27,10 +36,7 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     fresh.mkdir()
     try:
         for name, payload in files.items():
-            with (fresh / name).open("wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(fresh / name, payload)
         if target.exists():
             target.rename(old)
         try:
@@ -42,7 +48,7 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}; the checkpoint was not written and nothing was left behind",
+            f"{error.strerror}; {what} was not written and nothing was left behind",
             str(target),
         ) from error
     finally:
