@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
+from echokv_kernels.gpu.projection import column_elements, split_pairs
 from echokv_kernels.gpu.rotation import cos_sin, element_pairs, pair_elements
 
 
@@ -185,22 +186,94 @@ def line_blocks(
 
 
 @triton.jit
-def load_map(
-    map_ptr,  # [HEAD_DIM, HEAD_DIM], one source head's
-    first,  # [P] int32, the first elements of pairs
-    second,  # [P] int32, the second
-    known,  # [P] bool
-    HEAD_DIM: tl.constexpr,
+def turned_back(
+    q_1,  # [LINES, PAIRS], first elements of pairs
+    q_2,  # [LINES, PAIRS], the second
+    cos,  # [LINES, PAIRS] float32, of each line's t0; any where ROTATION_BLOCK is 0
+    sin,
+    ROTATION_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """A key map in four [P, P] parts: from first and second elements, to first and second."""
-    mask = known[:, None] & known[None, :]
-    out_1, out_2 = map_ptr + first[:, None] * HEAD_DIM, map_ptr + second[:, None] * HEAD_DIM
-    return (
-        tl.load(out_1 + first[None, :], mask=mask, other=0.0),
-        tl.load(out_1 + second[None, :], mask=mask, other=0.0),
-        tl.load(out_2 + first[None, :], mask=mask, other=0.0),
-        tl.load(out_2 + second[None, :], mask=mask, other=0.0),
-    )
+    """Queries rotated back by t0, [LINES, 2 * PAIRS], columns as in column_elements."""
+    if ROTATION_BLOCK != 0:
+        back = q_2.to(tl.float32) * cos - q_1.to(tl.float32) * sin
+        q_1 = (q_1.to(tl.float32) * cos + q_2.to(tl.float32) * sin).to(q_1.dtype)
+        q_2 = back.to(q_1.dtype)
+    pairs = tl.join(q_1, q_2)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs, [0, 2, 1])
+    return tl.reshape(pairs, [cos.shape[0], 2 * cos.shape[1]])
+
+
+@triton.jit
+def turned_queries(
+    query_ptr,  # [T, query heads, HEAD_DIM]
+    stride_query_token,
+    stride_query_head,
+    row_query_ptr,  # [MEMBERS] int32
+    token,  # [LINES] int64
+    cos,  # here and below as in turned_back
+    sin,
+    mask,  # [LINES, PAIRS] bool
+    MEMBERS: tl.constexpr,
+    ROTATION_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Some query heads of the lines' tokens as turned_back gives them, one after the other."""
+    pair = tl.arange(0, cos.shape[1])
+    first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    loaded = ()
+    for member in tl.static_range(MEMBERS):
+        query_head = tl.load(row_query_ptr + member).to(tl.int64)
+        q_ptrs = query_ptr + (token * stride_query_token + query_head * stride_query_head)[:, None]
+        q_1 = tl.load(q_ptrs + first[None, :], mask=mask, other=0.0)
+        q_2 = tl.load(q_ptrs + second[None, :], mask=mask, other=0.0)
+        loaded += (q_1, q_2)  # type: ignore[assignment]
+    # All are on their way before the first is waited for.
+    turned = ()
+    for member in tl.static_range(MEMBERS):
+        q_1, q_2 = loaded[2 * member], loaded[2 * member + 1]
+        turned += (turned_back(q_1, q_2, cos, sin, ROTATION_BLOCK, INTERLEAVED),)  # type: ignore[assignment]
+    return turned
+
+
+@triton.jit
+def turned_forward(
+    a,  # [LINES, 2 * PAIRS] float32, columns as in column_elements
+    cos,  # [LINES, PAIRS] float32
+    sin,
+    INTERLEAVED: tl.constexpr,
+):
+    """Absorbed queries rotated forward by t0, of the shape and columns of `a`."""
+    LINES: tl.constexpr = cos.shape[0]
+    PAIRS: tl.constexpr = cos.shape[1]
+    a_1, a_2 = split_pairs(a, 1, 2 * PAIRS, INTERLEAVED)
+    a_1, a_2 = tl.reshape(a_1, [LINES, PAIRS]), tl.reshape(a_2, [LINES, PAIRS])
+    pairs = tl.join(a_1 * cos - a_2 * sin, a_2 * cos + a_1 * sin)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs, [0, 2, 1])
+    return tl.reshape(pairs, [LINES, 2 * PAIRS])
+
+
+@triton.jit
+def sources_at_once(work, NUM_SOURCES: tl.constexpr, TASK_COST: tl.constexpr):
+    """Source heads per task that end a launch soonest: few begin sooner, many begin less often.
+
+    There are `work` tasks if each takes all source heads. To begin a task costs as much as
+    TASK_COST source heads.
+    """
+    best = NUM_SOURCES
+    least = 2147483647
+    sources = tl.full([], NUM_SOURCES, tl.int32)
+    while sources > 0:
+        rounds = tl.cdiv(work * tl.cdiv(NUM_SOURCES, sources), tl.num_programs(0))
+        cost = rounds * (TASK_COST + sources)
+        best = tl.where(cost < least, sources, best)
+        least = tl.minimum(least, cost)
+        sources = tl.where(sources > 1, (sources + 1) // 2, 0)
+    return best
 
 
 @triton.jit(do_not_specialize=["num_requests", "max_lines"])
@@ -231,85 +304,70 @@ def absorb_kernel(
     LINES: tl.constexpr,
     REQUESTS: tl.constexpr,
     MEMBERS: tl.constexpr,
-    SOURCES: tl.constexpr,
+    TASK_COST: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Fills the lines. Grid: (heads * parts of a group * parts of the sources, programs).
+    """Fills the lines; persistent programs.
 
-    Programs of one part take LINES lines at a time, of whichever requests. A program turns the
-    queries of MEMBERS query heads back, keeps them in shared memory, and takes SOURCES source
-    heads' maps in turn. AHEAD: the queries are complete when the kernel begins, whatever runs.
+    A task is LINES lines, of whichever requests, MEMBERS query heads of one KV head and some source
+    heads. It turns the queries back, keeps them in shared memory, and takes the source heads' maps
+    in turn. AHEAD: the queries are complete when the kernel begins, whatever runs.
     """
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
+    ROW_PARTS: tl.constexpr = ECHO_ROWS // MEMBERS
     num_lines = tl.minimum(tl.load(line_end_ptr + num_requests - 1), max_lines)
     let_next_begin(PDL)
-    if tl.program_id(1) * LINES >= num_lines:
-        wait_for_previous(PDL)
-        return
-    SOURCE_PARTS: tl.constexpr = NUM_SOURCES // SOURCES
-    first_row = tl.program_id(0) // SOURCE_PARTS * MEMBERS
-    first_source = tl.program_id(0) % SOURCE_PARTS * SOURCES
-    head = first_row // GROUP
+    work = tl.cdiv(num_lines, LINES) * ROW_PARTS
+    num_sources = sources_at_once(work, NUM_SOURCES, TASK_COST)
+    source_parts = tl.cdiv(NUM_SOURCES, num_sources)
     dtype = absorbed_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = 2 * HALF_PAD
+    column = tl.arange(0, COLUMNS)
+    element, known = column_elements(column, HEAD_DIM, ROTARY_DIM, INTERLEAVED, COLUMNS)
     pair = tl.arange(0, HALF_PAD)
-    known = pair < HEAD_DIM // 2
-    first, second = pair_elements(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
-    map_ptr = key_map_ptr + head * NUM_SOURCES * (HEAD_DIM * HEAD_DIM)
-    step = tl.num_programs(1) * LINES
-    for start in range(tl.program_id(1) * LINES, num_lines, step):
-        line = start + tl.arange(0, LINES)
+    map_at = (element * HEAD_DIM)[:, None] + element[None, :]
+    map_mask = known[:, None] & known[None, :]
+    for task in range(tl.program_id(0), work * source_parts, tl.num_programs(0)):
+        first_source = task % source_parts * num_sources
+        last_source = tl.minimum(first_source + num_sources, NUM_SOURCES)
+        first_row = task // source_parts % ROW_PARTS * MEMBERS
+        head = first_row // GROUP
+        map_ptr = key_map_ptr + head * NUM_SOURCES * (HEAD_DIM * HEAD_DIM)
+        line = task // source_parts // ROW_PARTS * LINES + tl.arange(0, LINES)
         t0, token, real = line_blocks(
             query_start_loc_ptr, line_end_ptr, line, num_lines, num_requests, ROTATION_BLOCK,
             REQUESTS,
         )  # fmt: skip
-        mask = real[:, None] & known[None, :]
-        if ROTATION_BLOCK != 0:
-            cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
+        cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
         wait_for_previous(PDL and not AHEAD)
-        turned = ()
-        for member in tl.static_range(MEMBERS):
-            row = first_row + member
-            query_head = tl.load(row_query_ptr + row).to(tl.int64)
-            q_ptrs = (
-                query_ptr + (token * stride_query_token + query_head * stride_query_head)[:, None]
-            )
-            q_1 = tl.load(q_ptrs + first[None, :], mask=mask, other=0.0)
-            q_2 = tl.load(q_ptrs + second[None, :], mask=mask, other=0.0)
-            if ROTATION_BLOCK != 0:
-                back = q_2.to(tl.float32) * cos - q_1.to(tl.float32) * sin
-                q_1 = (q_1.to(tl.float32) * cos + q_2.to(tl.float32) * sin).to(dtype)
-                q_2 = back.to(dtype)
-            if HAS_BIAS and first_source == 0:
-                bias_ptr = key_bias_ptr + head * HEAD_DIM
-                bias_1 = tl.load(bias_ptr + first, mask=known, other=0.0).to(tl.float32)
-                bias_2 = tl.load(bias_ptr + second, mask=known, other=0.0).to(tl.float32)
-                dot = tl.sum(q_1 * bias_1[None, :] + q_2 * bias_2[None, :], 1)
-                tl.store(offset_ptr + line.to(tl.int64) * ECHO_ROWS + row, dot, mask=real)
-            turned += (q_1, q_2)  # type: ignore[assignment]
-        for source in tl.range(first_source, first_source + SOURCES, num_stages=1):
-            map_11, map_12, map_21, map_22 = load_map(
-                map_ptr + source * (HEAD_DIM * HEAD_DIM), first, second, known, HEAD_DIM
+        turned = turned_queries(
+            query_ptr, stride_query_token, stride_query_head, row_query_ptr + first_row, token,
+            cos, sin, real[:, None] & (pair < HEAD_DIM // 2)[None, :],
+            MEMBERS, ROTATION_BLOCK, HEAD_DIM, ROTARY_DIM, INTERLEAVED,
+        )  # fmt: skip
+        if HAS_BIAS and first_source == 0:
+            bias_ptrs = key_bias_ptr + head * HEAD_DIM + element
+            bias = tl.load(bias_ptrs, mask=known, other=0.0).to(tl.float32)
+            for member in tl.static_range(MEMBERS):
+                at = line.to(tl.int64) * ECHO_ROWS + first_row + member
+                tl.store(offset_ptr + at, tl.sum(turned[member] * bias[None, :], 1), mask=real)
+        for source in tl.range(first_source, last_source, num_stages=1):
+            # Rows are features of one source head, columns what the map maps to.
+            keys = tl.load(
+                map_ptr + source * (HEAD_DIM * HEAD_DIM) + map_at, mask=map_mask, other=0.0
             )
             for member in tl.static_range(MEMBERS):
-                q_1, q_2 = turned[2 * member], turned[2 * member + 1]
-                a_1 = tl.dot(q_1, tl.trans(map_11), input_precision="ieee")
-                a_1 = tl.dot(q_2, tl.trans(map_12), a_1, input_precision="ieee")
-                a_2 = tl.dot(q_1, tl.trans(map_21), input_precision="ieee")
-                a_2 = tl.dot(q_2, tl.trans(map_22), a_2, input_precision="ieee")
+                a = tl.dot(turned[member], tl.trans(keys), input_precision="ieee")
                 if ROTATION_BLOCK != 0:
-                    forward = a_1 * cos - a_2 * sin
-                    a_2 = a_2 * cos + a_1 * sin
-                    a_1 = forward
+                    a = turned_forward(a, cos, sin, INTERLEAVED)
                 at = line.to(tl.int64) * ECHO_ROWS + first_row + member
-                a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None]
+                a_ptrs = absorbed_ptr + (at * F + source * HEAD_DIM)[:, None] + element[None, :]
                 # Decode reads them for every tile; the features it reads once would displace them.
                 tl.store(
-                    a_ptrs + first[None, :], a_1.to(dtype), mask=mask, eviction_policy="evict_last"
-                )
-                tl.store(
-                    a_ptrs + second[None, :], a_2.to(dtype), mask=mask, eviction_policy="evict_last"
-                )
+                    a_ptrs, a.to(dtype), mask=real[:, None] & known[None, :],
+                    eviction_policy="evict_last",
+                )  # fmt: skip
     # At the latest: decode needs what is older than this kernel, and waits for this kernel only.
     wait_for_previous(PDL)

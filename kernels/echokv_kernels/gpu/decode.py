@@ -64,21 +64,16 @@ def _launch_absorb(
     ahead: bool,
 ) -> None:
     """Fills the lines of absorbed queries; arguments as in `attend_context`."""
-    maps, num_sources = heads.maps, heads.features.num_heads
-    lines, members, sources = ABSORB.tile(
-        heads.group, num_sources, shape.rotation_block, heads.dim_pad
-    )
-    num_parts = heads.num_echoed * heads.group // members * (num_sources // sources)
-    num_programs = -(-ABSORB.programs_per_program * scratch.num_programs // num_parts)
-    absorb_kernel[(num_parts, num_programs)](
+    maps = heads.maps
+    absorb_kernel[(scratch.num_programs,)](
         query, maps.key, maps.key if maps.key_bias is None else maps.key_bias, heads.row_query,
         batch.query_start_loc, batch.plan.line_end, rotation.coarse, rotation.fine,
         scratch.absorbed, scratch.offset, batch.num_reqs, scratch.max_lines, query.stride(0),
         query.stride(1),
-        LINES=lines,
+        LINES=ABSORB.lines,
         REQUESTS=ABSORB.requests,
-        MEMBERS=members,
-        SOURCES=sources,
+        MEMBERS=ABSORB.query_heads(heads.group, heads.dim_pad),
+        TASK_COST=ABSORB.task_cost,
         AHEAD=ahead,
         num_warps=ABSORB.num_warps,
         **overlap(query.device),

@@ -100,39 +100,26 @@ class AbsorbTiles:
     """Absorbing queries ahead of decode.
 
     Attributes:
-        lines: rotation blocks taken at once.
-        long_lines: the same where rotation blocks are long, and so few that they must be spread.
-        long_from: tokens of a long rotation block, at least.
-        members: query heads of one KV head that a program takes, at most.
-        sources: source heads that a program takes, at most.
-        long_sources: the same for long rotation blocks.
+        lines: rotation blocks of a task.
+        members: query heads of one KV head that a task takes, at most.
+        task_cost: source heads that could be taken in the time it takes to begin a task.
         requests: requests compared at once when looking for a block's request.
-        programs_per_program: its programs for each program of the decode kernel.
         num_warps: warps per program.
     """
 
     lines: int = 64
-    long_lines: int = 16
-    long_from: int = 128
     members: int = 4
-    sources: int = 4
-    long_sources: int = 2
+    task_cost: int = 1
     requests: int = 32
-    programs_per_program: int = 4
     num_warps: int = 4
 
-    def tile(
-        self, group: int, num_sources: int, rotation_block: int, dim_pad: int
-    ) -> tuple[int, int, int]:
-        """Lines, query heads and source heads of a program; divisors of a group and of the sources.
+    def query_heads(self, group: int, dim_pad: int) -> int:
+        """Query heads of a task, a divisor of the group.
 
         Shared memory holds the queries of so many heads of up to 128 elements, fewer of longer
         ones.
         """
-        members = _divisor(group, max(1, self.members * 128 // max(128, dim_pad)))
-        if 0 < rotation_block < self.long_from:
-            return self.lines, members, _divisor(num_sources, self.sources)
-        return self.long_lines, members, _divisor(num_sources, self.long_sources)
+        return _divisor(group, max(1, self.members * 128 // max(128, dim_pad)))
 
 
 def _divisor(number: int, most: int) -> int:
