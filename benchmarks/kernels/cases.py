@@ -209,7 +209,7 @@ class EchoedDecode:
     def retile(self, tiles: DecodeTiles) -> None:
         """Switches to other tile numbers."""
         self.tiles = tiles
-        self.shape = DecodeShape.of(self.case.rotation_block, tiles)
+        self.shape = DecodeShape.of(self.case.rotation_block, tiles, self.heads)
         programs = num_programs(torch.device("cuda"), self.case.rotation_block, tiles)
         self.scratch = DecodeScratch.allocate(
             self.heads, self.shape, self.case.num_reqs, programs, self.case.context_len

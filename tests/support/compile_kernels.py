@@ -99,7 +99,7 @@ def launch(case: dict[str, Any]) -> None:
     echoed = EchoedHeads.of(
         source, maps, [(head, place) for place, head in enumerate(discarded)], own, group
     )
-    shape = DecodeShape.of(case["rotation_block"], DECODE)
+    shape = DecodeShape.of(case["rotation_block"], DECODE, [echoed])
     scratch = DecodeScratch.allocate([echoed], shape, 1, 2, CONTEXT_LEN)
     zeros = torch.zeros(1, dtype=torch.int32)
     batch = DecodeBatch(

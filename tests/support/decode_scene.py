@@ -28,7 +28,7 @@ class Scene:
         residual_block_size=48, sources=((0, None),), num_echoed=2, bias=True, rotary_dim=None,
         interleaved=False, dtype=torch.float32, context_lens=(500, 63, 15, 700, 17, 1, 0),
         full=(1,), chunk_len=128, num_programs=3, max_lines=6, num_retained=HEADS, seed=0,
-        fused_bytes=2048, narrow_bytes=1024, num_parts=1,
+        fused_bytes=2048, num_parts=1,
     ):  # fmt: skip
         self.kit, self.device, self.dtype = kit, device, dtype
         self.rotation_block, self.group, self.full = rotation_block, group, full
@@ -73,7 +73,7 @@ class Scene:
         self.exact_out[self.exact_lens == 0] = float("nan")
         self.exact_lse[self.exact_lens == 0] = float("nan")
         self.chunk_len, self.num_programs, self.max_lines = chunk_len, num_programs, max_lines
-        self.fused_bytes, self.narrow_bytes = fused_bytes, narrow_bytes
+        self.fused_bytes = fused_bytes
         self.num_parts = num_parts
 
     def plan(self, align):
@@ -115,14 +115,14 @@ class Scene:
         tiles = DecodeTiles(
             chunk_len=self.chunk_len,
             block_len=32,
+            wide_block_len=64,
             max_width=2 * self.batch.head_dim,
-            value_width=2 * self.batch.head_dim,
             value_len=64,
+            warp_sums=heads.row_pad * self.batch.head_dim // 2,
             fused_bytes=self.fused_bytes,
-            narrow_bytes=self.narrow_bytes,
             hold_from=256,
         )
-        shape = DecodeShape.of(self.rotation_block, tiles)
+        shape = DecodeShape.of(self.rotation_block, tiles, [heads])
         scratch = DecodeScratch.allocate(
             [heads],
             shape,

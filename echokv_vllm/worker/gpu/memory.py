@@ -76,7 +76,7 @@ class GpuMemory:
         def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        shape = DecodeShape.of(rotation_block, DECODE)
+        shape = DecodeShape.of(rotation_block, DECODE, groups)
         max_len = vllm_config.model_config.max_model_len
         return cls(
             rotation=RotationTable.build(rotary, max_len + TILE),

@@ -5,7 +5,8 @@ of a request into work items (step_plan). A program takes its items chunk by chu
 sums fit the registers take one loop over the tokens (fused.py), others two:
 
     scores    S[token, row]       A . x_K, masked, to scratch; running maximum
-    values    acc[F, row]         sum_t exp2(S - m) x_V(t)
+    weights   P[token, row]       exp2(S - m), to scratch
+    values    acc[F, row]         sum_t P x_V(t)
 
 A row is one query head of a discarded KV head; or of a retained KV head that is a source, whose
 attention comes free in the same pass because it is its own feature. Rows share each token's
@@ -24,6 +25,7 @@ import triton.language as tl
 from echokv_kernels.gpu.absorb import made_ahead, ready_line
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 from echokv_kernels.gpu.shares import find_request, own_share
+from echokv_kernels.gpu.softmax import chunk_weights
 from echokv_kernels.gpu.tiles import load_absorbed, load_pages, source_offsets
 
 
@@ -124,9 +126,8 @@ def weighted_values(
     block_stride,
     source_offset_ptr,
     table_ptr,
-    scores_ptr,
+    weights_ptr,  # [CHUNK, ROW_PAD] cache dtype
     sum_ptr,  # [ROW_PAD, F] float32: the item's accumulator
-    base,  # [ROW_PAD] float32, what to subtract from the scores
     shrink,  # [ROW_PAD] float32, factor of what the accumulator holds from earlier chunks
     row_source,  # [ROW_PAD] int32, the source head whose sum a row needs; -1: all, -2: none
     start,
@@ -141,14 +142,13 @@ def weighted_values(
     DIM_PAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds the chunk's weighted value features to the accumulator; returns its sums of weights."""
+    """Adds the chunk's weighted value features to the accumulator."""
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     NUM_STEPS: tl.constexpr = NUM_SOURCES // HEADS_PER_STEP
     row = tl.arange(0, ROW_PAD)
     element = tl.arange(0, DIM_PAD)
     slot = tl.arange(0, BLOCK_T)
     known = element < HEAD_DIM
-    total = tl.zeros([BLOCK_T, ROW_PAD], tl.float32)
     for step in range(NUM_STEPS):
         offsets = source_offsets(source_offset_ptr, step, HEADS_PER_STEP)
         sums = ()
@@ -160,17 +160,14 @@ def weighted_values(
             inside = position < stop
             x_row = page.to(tl.int64) * block_stride + position % BLOCK_SIZE * (2 * HEAD_DIM)
             x_ptrs = pool_ptr + x_row[:, None] + (HEAD_DIM + element)[None, :]
-            s_ptrs = scores_ptr + (position - start)[:, None] * ROW_PAD + row[None, :]
-            scores = tl.load(s_ptrs, mask=inside[:, None], other=float("-inf"))
-            weights = tl.exp2(scores - base[None, :])
-            if step == 0:
-                total += weights
+            w_ptrs = weights_ptr + (position - start)[:, None] * ROW_PAD + row[None, :]
+            weights = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
             new = ()
             for head in tl.static_range(HEADS_PER_STEP):
                 x = tl.load(
                     x_ptrs + offsets[head], mask=inside[:, None] & known[None, :], other=0.0
                 )
-                acc = tl.dot(tl.trans(x), weights.to(x.dtype), sums[head], input_precision="ieee")
+                acc = tl.dot(tl.trans(x), weights, sums[head], input_precision="ieee")
                 new += (acc,)  # type: ignore[assignment]
             sums = new
             page = load_pages(table_ptr, position + BLOCK_T, stop, BLOCK_SIZE)
@@ -182,7 +179,6 @@ def weighted_values(
             if is_first == 0:
                 acc += tl.load(out_ptrs, mask=out_mask, other=0.0) * shrink[None, :]
             tl.store(out_ptrs, acc, mask=out_mask)
-    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "max_lines"])
@@ -206,6 +202,7 @@ def absorbed_decode_kernel(
     absorbed_ptr,  # [max_lines + programs * NUM_BLOCKS, NUM_ECHOED * GROUP, F]
     offset_ptr,  # the same without F, float32
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
+    weights_ptr,  # the same, cache dtype
     sum_ptr,  # [items, ROW_PAD, F] float32
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
@@ -255,6 +252,7 @@ def absorbed_decode_kernel(
         return
     own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
+    weights = weights_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
     row = tl.arange(0, ROW_PAD)
     row_query = tl.load(row_query_ptr + row, mask=row < NUM_ROWS, other=0)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
@@ -298,8 +296,12 @@ def absorbed_decode_kernel(
             tl.debug_barrier()
             base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
             shrink = tl.exp2(maximum - base)
-            total = total * shrink + weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, scores, sums, base, shrink,
+            total = total * shrink + chunk_weights(
+                scores, weights, base, stop - start, ROW_PAD, BLOCK_T, SCORE_STAGES
+            )
+            tl.debug_barrier()
+            weighted_values(
+                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, shrink,
                 row_source, start, stop, start == item_start,
                 NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
                 VALUE_STAGES,

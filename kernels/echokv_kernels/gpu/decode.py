@@ -130,36 +130,38 @@ def _launch_absorbed(
         ROW_PAD=heads.row_pad,
         DIM_PAD=heads.dim_pad,
         GROUP_PAD=heads.group_pad,
-        num_warps=tiles.warps(*_width(heads), fused),
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )
     if fused:
         fused_decode_kernel[(scratch.num_programs,)](
             *arguments, *results, *numbers,
-            BLOCK_T=min(shape.block_len, tiles.fused_len),
+            BLOCK_T=min(shape.block_len, tiles.fused_len(*heads.feature_size)),
             ECHO_PAD=heads.echo_pad,
             OWN_PAD=heads.own_pad,
             ONE_BLOCK=shape.rotation_block == 0 or shape.rotation_block >= tiles.hold_from,
             STAGES=tiles.fused_stages,
+            num_warps=tiles.num_warps,
             **constants,
         )  # fmt: skip
     else:
         absorbed_decode_kernel[(scratch.num_programs,)](
-            *arguments, scratch.scores, *results, *numbers,
+            *arguments, scratch.scores, scratch.weights, *results, *numbers,
             **_loop_constants(heads, shape, tiles),
             **constants,
         )  # fmt: skip
 
 
 def _loop_constants(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> dict[str, int]:
-    """Tiles of the loop over keys and of the loop over values."""
+    """Tiles of the loop over keys and of the loop over values, and warps."""
+    num_warps = tiles.loop_warps(shape.block_len)
     num_sources, head_dim = heads.features.num_heads, heads.maps.head_dim
-    element = heads.dim_pad * heads.maps.key.element_size()
+    itemsize = heads.maps.key.element_size()
+    element = heads.dim_pad * itemsize
     score_heads = tiles.score_heads(num_sources, head_dim)
-    value_heads = tiles.value_heads(num_sources, head_dim, heads.row_pad)
+    value_heads = tiles.value_heads(num_sources, head_dim, heads.row_pad, num_warps)
     score_bytes = (shape.block_len + heads.row_pad) * score_heads * element
-    value_bytes = tiles.value_len * (value_heads * element + heads.row_pad * 4)
+    value_bytes = tiles.value_len * (value_heads * element + heads.row_pad * itemsize)
     return {
         "BLOCK_T": shape.block_len,
         "SCORE_HEADS": score_heads,
@@ -167,6 +169,7 @@ def _loop_constants(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) 
         "VALUE_T": tiles.value_len,
         "SCORE_STAGES": tiles.stages(tiles.score_stages, score_bytes),
         "VALUE_STAGES": tiles.stages(tiles.value_stages, value_bytes),
+        "num_warps": num_warps,
     }
 
 
@@ -199,24 +202,20 @@ def attend_context(
         scale: factor of the scores.
         chained: launched right behind `attend_exact` in the same stream.
     """
-    arguments = (query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
     fused = _is_fused(heads, shape, tiles)
     if shape.rotation_block == 1:
-        launch_unrotated(*arguments)
+        launch_unrotated(query, heads, batch, scratch, shape, rotation, scale * _LOG2_E)
     else:
         _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
-        _launch_absorbed(*arguments, fused)
+        _launch_absorbed(
+            query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E, fused
+        )
     _launch_reduce(heads, batch, scratch, means=fused)
 
 
 def _is_fused(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> bool:
     """Whether one loop takes keys and values, and leaves means of its items instead of sums."""
-    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, *_width(heads))
-
-
-def _width(heads: EchoedHeads) -> tuple[int, int]:
-    """Features of one token, padded, and bytes of each."""
-    return heads.features.num_heads * heads.dim_pad, heads.maps.key.element_size()
+    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, *heads.feature_size)
 
 
 def _items(heads: EchoedHeads, scratch: DecodeScratch, means: bool) -> torch.Tensor:

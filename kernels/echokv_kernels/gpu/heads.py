@@ -108,6 +108,11 @@ class EchoedHeads:
         return max(16, triton.next_power_of_2(self.maps.head_dim))
 
     @property
+    def feature_size(self) -> tuple[int, int]:
+        """Features of one token, padded, and bytes of each."""
+        return self.features.num_heads * self.dim_pad, self.maps.key.element_size()
+
+    @property
     def group_pad(self) -> int:
         return triton.next_power_of_2(self.group)
 

@@ -17,22 +17,24 @@ class DecodeTiles:
             with two loops, also tokens taken through the first before the second, whose scores
             should stay in the L2 cache.
         block_len: tokens per tile of keys, at most.
+        wide_block_len: the same where wide features take two loops; shares of tokens are multiples
+            of it.
         programs_per_sm: persistent programs per multiprocessor.
         num_warps: warps per program.
-        narrow_bytes: keys of one token up to which features are narrow.
-        wide_warps: warps of one loop over wider ones; one such program fits a multiprocessor.
+        wide_warps: warps of programs with tiles of `wide_block_len`; one fits a multiprocessor.
         score_stages: depth of the pipeline that loads keys.
         value_stages: depth of the pipeline that loads values.
         max_width: features of one token in a tile of keys, at most.
-        value_width: features of one token in a tile of values, at most.
         value_len: tokens per tile of values.
         fused_bytes: keys of one token up to which one loop takes keys and values; their sums must
-            fit the registers. Wider ones take two loops and scratch for the scores.
-        fused_len: tokens per tile of that loop.
+            fit the registers. Others take two loops and scratch for the scores, and features of
+            more bytes are wide.
+        fused_tile_bytes: keys of a tile of that loop, at most.
         fused_stages: depth of its pipeline.
         hold_from: rotation blocks from this length on get their absorbed queries once, at the
             price of a pipeline that begins anew with each of them.
-        max_sums: sums a program may hold in registers, echoed rows times features.
+        max_sums: sums that one loop may hold in registers, echoed rows times features.
+        warp_sums: sums that a warp of the loop over values may hold, rows times features.
         shared_bytes: shared memory that pipelines may take.
         min_share_len: tokens of a program, at least; shorter shares cost more to combine than they
             save.
@@ -41,32 +43,39 @@ class DecodeTiles:
 
     chunk_len: int = 1024
     block_len: int = 64
+    wide_block_len: int = 128
     programs_per_sm: int = 2
     num_warps: int = 4
-    narrow_bytes: int = 1024
     wide_warps: int = 8
     score_stages: int = 4
-    value_stages: int = 3
+    value_stages: int = 5
     max_width: int = 128
-    value_width: int = 512
-    value_len: int = 32
-    fused_bytes: int = 2048
-    fused_len: int = 32
+    value_len: int = 16
+    fused_bytes: int = 1024
+    fused_tile_bytes: int = 32 * 1024
     fused_stages: int = 2
     hold_from: int = 1024
     max_sums: int = 32 * 512
+    warp_sums: int = 32 * 128
     shared_bytes: int = 200 * 1024
     min_share_len: int = 128
     request_cost: int = 64
 
-    def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
-        """Whether one loop takes keys and values; `width` features padded, `itemsize` bytes."""
-        return width * itemsize <= self.fused_bytes and echo_pad * width <= self.max_sums
+    def is_wide(self, width: int, itemsize: int) -> bool:
+        """Whether features are wide: `width` of them, padded, of `itemsize` bytes."""
+        return width * itemsize > self.fused_bytes
 
-    def warps(self, width: int, itemsize: int, fused: bool) -> int:
-        """Warps per program; arguments as of `is_fused`, and its answer."""
-        wide = width * itemsize > self.narrow_bytes
-        return self.wide_warps if fused and wide else self.num_warps
+    def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
+        """Whether one loop takes keys and values; arguments as of `is_wide`."""
+        return not self.is_wide(width, itemsize) and echo_pad * width <= self.max_sums
+
+    def fused_len(self, width: int, itemsize: int) -> int:
+        """Tokens per tile of that loop, a power of two; arguments as of `is_wide`."""
+        return max(16, 1 << (self.fused_tile_bytes // (width * itemsize)).bit_length() - 1)
+
+    def loop_warps(self, block_len: int) -> int:
+        """Warps per program of two loops with `block_len` tokens per tile of keys."""
+        return self.wide_warps if block_len >= self.wide_block_len else self.num_warps
 
     def stages(self, wanted: int, stage_bytes: int) -> int:
         """Depth of a pipeline that fits the shared memory."""
@@ -76,14 +85,9 @@ class DecodeTiles:
         """Source heads of a tile of keys."""
         return _equal_steps(num_sources, head_dim, self.max_width)
 
-    def heads_per_step(self, num_sources: int, head_dim: int) -> int:
-        """Source heads of a tile of values."""
-        return _equal_steps(num_sources, head_dim, self.value_width)
-
-    def value_heads(self, num_sources: int, head_dim: int, row_pad: int) -> int:
-        """The same where their sums must fit the registers."""
-        width = min(self.value_width, self.max_sums // row_pad)
-        return _equal_steps(num_sources, head_dim, width)
+    def value_heads(self, num_sources: int, head_dim: int, row_pad: int, num_warps: int) -> int:
+        """Source heads of a tile of values: as many as the registers hold sums of."""
+        return _equal_steps(num_sources, head_dim, num_warps * self.warp_sums // row_pad)
 
 
 def _equal_steps(num_sources: int, head_dim: int, max_width: int) -> int:
@@ -230,6 +234,9 @@ class UnrotatedTiles:
         columns: key elements of a tile, whole heads.
         step: features per product.
         pairs: pairs of a head rotated at once.
+        value_width: features of one token in a tile of values, at most.
+        value_len: tokens per tile of values.
+        value_stages: depth of the pipeline that loads values.
         num_warps: warps per program.
         num_stages: depth of the pipeline that loads features and maps.
         programs_per_sm: persistent programs per multiprocessor; registers allow one.
@@ -239,6 +246,9 @@ class UnrotatedTiles:
     columns: int = 256
     step: int = 64
     pairs: int = 64
+    value_width: int = 512
+    value_len: int = 32
+    value_stages: int = 3
     num_warps: int = 8
     num_stages: int = 4
     programs_per_sm: int = 1
@@ -254,6 +264,10 @@ class UnrotatedTiles:
     def heads(self, num_echoed: int, dim_pad: int) -> int:
         """Echoed heads per tile, a power of two."""
         return max(1, min(self.columns // dim_pad, 1 << (num_echoed - 1).bit_length()))
+
+    def value_heads(self, num_sources: int, head_dim: int) -> int:
+        """Source heads of a tile of values."""
+        return _equal_steps(num_sources, head_dim, self.value_width)
 
 
 # Checked by: python benchmarks/kernels/decode.py OUT_FOLDER (H200, Llama-3.1-8B's shape, bf16).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,19 @@ class DecodeShape:
     block_len: int
 
     @classmethod
-    def of(cls, rotation_block: int, tiles: DecodeTiles) -> DecodeShape:
-        """Raises ValueError if the rotation block cannot be absorbed tile by tile."""
+    def of(
+        cls, rotation_block: int, tiles: DecodeTiles, groups: Sequence[EchoedHeads] = ()
+    ) -> DecodeShape:
+        """The shape for everything that will use it.
+
+        Raises:
+            ValueError: the rotation block cannot be absorbed tile by tile.
+        """
+        block_len = tiles.block_len
+        if any(tiles.is_wide(*group.feature_size) for group in groups):
+            block_len = tiles.wide_block_len
         if rotation_block == 0:
-            return cls(0, tiles.chunk_len, 1, tiles.block_len)
+            return cls(0, tiles.chunk_len, 1, block_len)
         if rotation_block == 1:
             tile_len = UNROTATED.tile_len(tiles.chunk_len)
             return cls(1, tiles.chunk_len, 1, min(tiles.block_len, tile_len))
@@ -50,7 +60,6 @@ class DecodeShape:
             chunk_len = max(
                 size for size in range(16, tiles.chunk_len + 1, 16) if rotation_block % size == 0
             )
-        block_len = tiles.block_len
         while chunk_len % block_len or rotation_block % block_len:
             block_len //= 2
         return cls(rotation_block, chunk_len, max(1, chunk_len // rotation_block), block_len)
@@ -87,6 +96,7 @@ class DecodeScratch:
         absorbed: one dimension, cache dtype: those lines, then the lines of each program's chunk.
         offset: float32, their score offsets (key bias).
         scores: float32, [num_programs, chunk_len * row_pad].
+        weights: cache dtype, of the same shape.
         sums: float32, [programs + max_reqs, row_pad * F], each work item's weighted features; the
             fused kernel writes their means, cache dtype, to the same memory.
         maximum, total: [programs + max_reqs, row_pad] float32, its softmax state.
@@ -101,6 +111,7 @@ class DecodeScratch:
     absorbed: torch.Tensor
     offset: torch.Tensor
     scores: torch.Tensor
+    weights: torch.Tensor
     sums: torch.Tensor
     maximum: torch.Tensor
     total: torch.Tensor
@@ -152,6 +163,7 @@ class DecodeScratch:
             absorbed=empty(num_lines * line, dtype),
             offset=empty(num_lines * max(group.num_echoed * group.group for group in groups)),
             scores=empty(num_programs * shape.chunk_len * rows),
+            weights=empty(num_programs * shape.chunk_len * rows, dtype),
             sums=empty(max_items * max(g.row_pad * g.maps.width for g in groups)),
             maximum=empty(max_items * rows),
             total=empty(max_items * rows),

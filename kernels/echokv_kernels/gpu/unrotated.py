@@ -27,12 +27,12 @@ from echokv_kernels.gpu.absorbed import weighted_values
 from echokv_kernels.gpu.launch import UNROTATED
 from echokv_kernels.gpu.plain import plain_features, turn_queries
 from echokv_kernels.gpu.shares import find_request, own_share
+from echokv_kernels.gpu.softmax import chunk_weights
 from echokv_kernels.gpu.unrotated_scores import largest_scores, rebuilt_scores, retained_scores
 
 if TYPE_CHECKING:
     from echokv_kernels.gpu.decode import DecodeBatch
     from echokv_kernels.gpu.heads import EchoedHeads
-    from echokv_kernels.gpu.launch import DecodeTiles
     from echokv_kernels.gpu.rotation import RotationTable
     from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
 
@@ -139,6 +139,7 @@ def unrotated_decode_kernel(
     plain_ptr,  # [programs, BLOCK_M, F]
     turned_ptr,  # [programs, turned size], see turn_queries
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
+    weights_ptr,  # the same, cache dtype
     sum_ptr,  # [items, ROW_PAD, F] float32
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
@@ -172,6 +173,7 @@ def unrotated_decode_kernel(
     PAIRS: tl.constexpr,
     VALUE_HEADS: tl.constexpr,
     VALUE_T: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
 ):
@@ -188,6 +190,7 @@ def unrotated_decode_kernel(
     plain = plain_ptr + place * (BLOCK_M * F)
     turned = turned_ptr + place * TURNED
     scores = scores_ptr + place * (CHUNK * ROW_PAD)
+    weights = weights_ptr + place * (CHUNK * ROW_PAD)
     row = tl.arange(0, ROW_PAD)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
     while position < share_end:
@@ -215,11 +218,15 @@ def unrotated_decode_kernel(
                 INTERLEAVED, HAS_BIAS, BLOCK_SIZE, RESIDUAL_BLOCK_SIZE, BLOCK_M, ROW_PAD, HALF_PAD,
                 HEADS, STEP, ROWS, OWN_ROWS, PAIRS, SCORE_STAGES,
             )  # fmt: skip
-            new_maximum = largest_scores(scores, stop - start, maximum, NUM_ROWS, ROW_PAD, VALUE_T)
+            new_maximum = largest_scores(scores, stop - start, maximum, NUM_ROWS, ROW_PAD, WEIGHT_T)
             base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
             shrink = tl.exp2(maximum - base)
-            total = total * shrink + weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, scores, sums, base, shrink,
+            total = total * shrink + chunk_weights(
+                scores, weights, base, stop - start, ROW_PAD, WEIGHT_T, VALUE_STAGES
+            )
+            tl.debug_barrier()
+            weighted_values(
+                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, shrink,
                 row_source, start, stop, start == item_start,
                 NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, 2 * HALF_PAD,
                 VALUE_STAGES,
@@ -246,7 +253,6 @@ def launch_unrotated(
     batch: DecodeBatch,
     scratch: DecodeScratch,
     shape: DecodeShape,
-    tiles: DecodeTiles,
     rotation: RotationTable,
     scale_log2: float,
 ) -> None:
@@ -264,7 +270,7 @@ def launch_unrotated(
         heads.row_query, heads.row_source, batch.retained_table, plan.exact,
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.share_len,
         rotation.coarse, rotation.fine, places, scratch.plain, scratch.turned,
-        scratch.scores, scratch.sums, scratch.maximum, scratch.total,
+        scratch.scores, scratch.weights, scratch.sums, scratch.maximum, scratch.total,
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),
         plan.exact.stride(0), features.block_stride, scale_log2, maps.width,
         CHUNK=shape.chunk_len,
@@ -283,10 +289,11 @@ def launch_unrotated(
         ROWS=max(16, triton.next_power_of_2(columns * group)),
         OWN_ROWS=max(16, triton.next_power_of_2(group)),
         PAIRS=min(sizes.pairs, dim_pad // 2),
-        VALUE_HEADS=tiles.heads_per_step(features.num_heads, head_dim),
-        VALUE_T=tiles.value_len,
+        VALUE_HEADS=sizes.value_heads(features.num_heads, head_dim),
+        VALUE_T=sizes.value_len,
+        WEIGHT_T=shape.block_len,
         SCORE_STAGES=sizes.num_stages,
-        VALUE_STAGES=tiles.value_stages,
+        VALUE_STAGES=sizes.value_stages,
         num_warps=sizes.num_warps,
         **heads.counts,
     )  # fmt: skip

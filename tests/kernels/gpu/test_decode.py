@@ -10,7 +10,6 @@ from decode_scene import Scene
 
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float16]}
 
-
 VARIANTS = {
     "plain": {},
     "one of many": {"group": 1, "num_echoed": 1, "sources": ((0, [2]),)},
@@ -21,7 +20,10 @@ VARIANTS = {
     "partial": {"head_dim": 96, "rotary_dim": 24, "block_size": 112, "residual_block_size": 16},
     "interleaved": {"interleaved": True, "group": 4, "head_dim": 128, "bias": False},
     "wide head": {"head_dim": 256, "num_retained": 1, "num_echoed": 1, "group": 4},
-}
+    "many sources": {
+        "sources": ((1, None), (0, None)), "head_dim": 128, "num_echoed": 4, "group": 4,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rotation_block", [0, 16, 64, 256])
@@ -53,27 +55,10 @@ def test_unrotated_odd_lengths(kit, device, length):
         Scene(kit, device, 1, context_lens=(length, length - 1), full=(), dtype=dtype).check()
 
 
-WIDE = {
-    "plain": {},
-    "partial": VARIANTS["partial"],
-    "many sources": {
-        "sources": ((1, None), (0, None)), "head_dim": 128, "num_echoed": 4, "group": 4,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rotation_block", [0, 64])
-@pytest.mark.parametrize("variant", WIDE)
-def test_one_loop_over_wide_features(kit, device, variant, rotation_block):
-    """By twice the warps."""
-    for dtype in DTYPES[device.type]:
-        Scene(kit, device, rotation_block, dtype=dtype, narrow_bytes=0, **WIDE[variant]).check()
-
-
-@pytest.mark.parametrize("rotation_block", [0, 64, 256])
-@pytest.mark.parametrize("variant", ["plain", "layers", "partial"])
+@pytest.mark.parametrize("rotation_block", [0, 48, 64, 256])
+@pytest.mark.parametrize("variant", ["plain", "layers", "partial", "many sources"])
 def test_two_loops(kit, device, variant, rotation_block):
-    """As wide features take them: first all keys, then all values."""
+    """As wide features take them: keys, then values; short tiles by half the warps."""
     for dtype in DTYPES[device.type]:
         Scene(
             kit, device, rotation_block, dtype=dtype, fused_bytes=0, **VARIANTS[variant]
