@@ -127,12 +127,15 @@ def weighted_values(
     source_offset_ptr,
     table_ptr,
     weights_ptr,  # [CHUNK, ROW_PAD] cache dtype
-    sum_ptr,  # [ROW_PAD, F] float32: the item's accumulator
-    shrink,  # [ROW_PAD] float32, factor of what the accumulator holds from earlier chunks
+    sum_ptr,  # [ROW_PAD, F] float32: what waits for the item's next chunk
+    mean_ptr,  # [ROW_PAD, F] cache dtype: the item's result
+    shrink,  # [ROW_PAD] float32, factor of the sums of earlier chunks
+    total,  # [ROW_PAD] float32, weights of all chunks so far
     row_source,  # [ROW_PAD] int32, the source head whose sum a row needs; -1: all, -2: none
     start,
     stop,
     is_first,
+    is_last,
     NUM_SOURCES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -142,13 +145,14 @@ def weighted_values(
     DIM_PAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds the chunk's weighted value features to the accumulator."""
+    """Adds the chunk's weighted value features to the sums; the last chunk leaves their mean."""
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     NUM_STEPS: tl.constexpr = NUM_SOURCES // HEADS_PER_STEP
     row = tl.arange(0, ROW_PAD)
     element = tl.arange(0, DIM_PAD)
     slot = tl.arange(0, BLOCK_T)
     known = element < HEAD_DIM
+    part = 1.0 / tl.where(total > 0, total, 1.0)
     for step in range(NUM_STEPS):
         offsets = source_offsets(source_offset_ptr, step, HEADS_PER_STEP)
         sums = ()
@@ -173,12 +177,16 @@ def weighted_values(
             page = load_pages(table_ptr, position + BLOCK_T, stop, BLOCK_SIZE)
         for head in tl.static_range(HEADS_PER_STEP):
             source = step * HEADS_PER_STEP + head
-            out_ptrs = sum_ptr + row[None, :] * F + (source * HEAD_DIM + element)[:, None]
-            out_mask = known[:, None] & ((row_source == -1) | (row_source == source))[None, :]
+            at = row[None, :] * F + (source * HEAD_DIM + element)[:, None]
+            mask = known[:, None] & ((row_source == -1) | (row_source == source))[None, :]
             acc = sums[head]
             if is_first == 0:
-                acc += tl.load(out_ptrs, mask=out_mask, other=0.0) * shrink[None, :]
-            tl.store(out_ptrs, acc, mask=out_mask)
+                acc += tl.load(sum_ptr + at, mask=mask, other=0.0) * shrink[None, :]
+            if is_last:
+                mean = (acc * part[None, :]).to(mean_ptr.dtype.element_ty)
+                tl.store(mean_ptr + at, mean, mask=mask)
+            else:
+                tl.store(sum_ptr + at, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_requests", "max_lines"])
@@ -203,7 +211,8 @@ def absorbed_decode_kernel(
     offset_ptr,  # the same without F, float32
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
     weights_ptr,  # the same, cache dtype
-    sum_ptr,  # [items, ROW_PAD, F] float32
+    sum_ptr,  # [programs, ROW_PAD, F] float32
+    mean_ptr,  # [items, ROW_PAD, F], cache dtype
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     num_requests,
@@ -253,6 +262,7 @@ def absorbed_decode_kernel(
     own_line = max_lines + program * NUM_BLOCKS
     scores = scores_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
     weights = weights_ptr + program.to(tl.int64) * (CHUNK * ROW_PAD)
+    sums = sum_ptr + program.to(tl.int64) * (ROW_PAD * F)
     row = tl.arange(0, ROW_PAD)
     row_query = tl.load(row_query_ptr + row, mask=row < NUM_ROWS, other=0)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
@@ -265,7 +275,7 @@ def absorbed_decode_kernel(
         query = query_ptr + token * stride_query_token
         table = table_ptr + request.to(tl.int64) * stride_table
         exact = exact_ptr + request.to(tl.int64) * stride_exact
-        sums = sum_ptr + item * (ROW_PAD * F)
+        means = mean_ptr + item * (ROW_PAD * F)
         item_start = (position - before).to(tl.int32)
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
@@ -301,8 +311,8 @@ def absorbed_decode_kernel(
             )
             tl.debug_barrier()
             weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, shrink,
-                row_source, start, stop, start == item_start,
+                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, means, shrink,
+                total, row_source, start, stop, start == item_start, stop == item_stop,
                 NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
                 VALUE_STAGES,
             )  # fmt: skip

@@ -103,7 +103,6 @@ def _launch_absorbed(
     tiles: DecodeTiles,
     rotation: RotationTable,
     scale_log2: float,
-    fused: bool,
 ) -> None:
     """Fills the scratch's items; arguments as in `attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
@@ -114,7 +113,7 @@ def _launch_absorbed(
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.line_end, plan.share_len,
         rotation.coarse, rotation.fine, scratch.absorbed, scratch.offset,
     ]  # fmt: skip
-    results = [_items(heads, scratch, fused), scratch.maximum, scratch.total]
+    results = [scratch.item_mean, scratch.maximum, scratch.total]
     numbers = [
         batch.num_reqs, scratch.max_lines, query.stride(0), query.stride(1),
         batch.retained_table.stride(0), plan.exact.stride(0), features.block_stride, scale_log2,
@@ -133,7 +132,7 @@ def _launch_absorbed(
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
     )
-    if fused:
+    if tiles.is_fused(heads.echo_pad, *heads.feature_size):
         fused_decode_kernel[(scratch.num_programs,)](
             *arguments, *results, *numbers,
             BLOCK_T=min(shape.block_len, tiles.fused_len(*heads.feature_size)),
@@ -146,7 +145,7 @@ def _launch_absorbed(
         )  # fmt: skip
     else:
         absorbed_decode_kernel[(scratch.num_programs,)](
-            *arguments, scratch.scores, scratch.weights, *results, *numbers,
+            *arguments, scratch.scores, scratch.weights, scratch.sums, *results, *numbers,
             **_loop_constants(heads, shape, tiles),
             **constants,
         )  # fmt: skip
@@ -202,30 +201,16 @@ def attend_context(
         scale: factor of the scores.
         chained: launched right behind `attend_exact` in the same stream.
     """
-    fused = _is_fused(heads, shape, tiles)
     if shape.rotation_block == 1:
         launch_unrotated(query, heads, batch, scratch, shape, rotation, scale * _LOG2_E)
     else:
         _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
-        _launch_absorbed(
-            query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E, fused
-        )
-    _launch_reduce(heads, batch, scratch, means=fused)
+        _launch_absorbed(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
+    _launch_reduce(heads, batch, scratch)
 
 
-def _is_fused(heads: EchoedHeads, shape: DecodeShape, tiles: DecodeTiles) -> bool:
-    """Whether one loop takes keys and values, and leaves means of its items instead of sums."""
-    return shape.rotation_block != 1 and tiles.is_fused(heads.echo_pad, *heads.feature_size)
-
-
-def _items(heads: EchoedHeads, scratch: DecodeScratch, means: bool) -> torch.Tensor:
-    return scratch.sums.view(heads.maps.key.dtype) if means else scratch.sums
-
-
-def _launch_reduce(
-    heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch, means: bool
-) -> None:
-    """Fills `scratch.mean` and `lse` from the items, which hold `means` or sums."""
+def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
+    """Fills `scratch.mean` and `lse` from the items."""
     maps = heads.maps
     items, columns = REDUCE.tile(batch.num_reqs, heads.group_pad, maps.head_dim)
     size = mean_size(heads)
@@ -233,13 +218,12 @@ def _launch_reduce(
     per_request = max(1, min(num_parts, REDUCE.programs // batch.num_reqs))
     reduce_kernel[(batch.num_reqs, per_request)](
         heads.row_source, batch.plan.items,
-        _items(heads, scratch, means), scratch.maximum, scratch.total, scratch.mean, scratch.lse,
+        scratch.item_mean, scratch.maximum, scratch.total, scratch.mean, scratch.lse,
         NUM_ROWS=heads.num_rows,
         ROW_PAD=heads.row_pad,
         GROUP_PAD=heads.group_pad,
         COLUMNS=columns,
         ITEMS=items,
-        MEANS=means,
         MEAN_SIZE=size,
         num_warps=1,
         **overlap(maps.key.device),

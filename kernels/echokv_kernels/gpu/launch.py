@@ -271,13 +271,15 @@ class UnrotatedTiles:
 
 
 # Checked by: python benchmarks/kernels/decode.py OUT_FOLDER (H200, Llama-3.1-8B's shape, bf16).
-# local-0.5, rotation block 256, 262,144 tokens, decode kernel alone: 148 us; with tiles of 16
-# tokens 186, with one program per multiprocessor 197, holding queries from blocks of 256 on 159,
-# two loops 168, queries by way of the L1 cache 205. local-0.25, rotation block 64: 93 us; with
-# tiles of 64 tokens 91, with three programs per multiprocessor (168 registers) 117. Absorbing 64
-# blocks at a time: limits on registers below 255 spill and double its time. Reducing with four
-# warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5; absorb, reduce and combine by
-# batch: benchmarks/results/2026-11-22-h200-6. Wide features and un-rotated keys: -h200-7.
+# local-0.5, rotation block 256, 262,144 tokens, decode kernel alone: 146 us; with tiles of 16
+# tokens 186, of 64 207, with one program of four warps per multiprocessor 197, of eight and tiles
+# of 64 164, holding queries from blocks of 256 on 159, two loops 178, queries by way of the L1
+# cache 205. local-0.25: 80 us; with tiles of 32 tokens 87, two loops 107, with three programs per
+# multiprocessor (168 registers) 117. Wide features, paper-0.5: 346 us; with four warps and tiles
+# of 64 tokens 378, values 32 tokens at a time 353, weights made in the loop over values 408.
+# Absorbing, local-0.5, rotation block 64: 33 us; with eight warps 46, two query heads per task 43.
+# Reducing with four warps 14 us, with one 5. More: benchmarks/results/2026-11-22-h200-5 to -7 and
+# 2026-11-23-h200.
 DECODE = DecodeTiles()
 ABSORB = AbsorbTiles()
 EXACT = ExactTiles()

@@ -1,7 +1,6 @@
 """Work items to one mean per row: the softmax over the programs that shared a request's tokens.
 
-    item      sums, maximum and total of the tokens that one program took of one request, or their
-              mean in the cache's type instead of sums (MEANS)
+    item      mean, maximum and total of the tokens that one program took of one request
     mean      weighted features of all of them, echoed rows [F], rows of retained heads [HEAD_DIM]
 
 Needs nothing of stock attention, so it runs beside it, before `combine`.
@@ -17,7 +16,7 @@ from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
 
 @triton.jit
 def reduce_items(
-    sum_ptr,  # [items, ROW_PAD, F] float32, at the first column; means: cache dtype
+    item_mean_ptr,  # [items, ROW_PAD, F] cache dtype, at the first column
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     first,
@@ -29,7 +28,6 @@ def reduce_items(
     GROUP_PAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITEMS: tl.constexpr,
-    MEANS: tl.constexpr,
 ):
     """Means [GROUP_PAD, COLUMNS] and log-sum-exps [GROUP_PAD] of rows over items, float32."""
     item = tl.arange(0, ITEMS)
@@ -42,20 +40,17 @@ def reduce_items(
         at = (start + item)[:, None] * ROW_PAD + row[None, :]
         maximum = tl.load(maximum_ptr + at, mask=mask, other=float("-inf"))
         totals = tl.load(total_ptr + at, mask=mask, other=0.0)
-        sums = tl.load(
-            sum_ptr + (at.to(tl.int64) * F)[:, :, None] + element[None, None, :],
+        means = tl.load(
+            item_mean_ptr + (at.to(tl.int64) * F)[:, :, None] + element[None, None, :],
             mask=mask[:, :, None],
             other=0.0,
         )
         new = tl.maximum(largest, tl.max(maximum, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
         keep = tl.exp2(largest - base)
-        weight = tl.exp2(maximum - base[None, :])
-        totals *= weight
-        total = total * keep + tl.sum(totals, 0)
-        if MEANS:
-            weight = totals
-        acc = acc * keep[:, None] + tl.sum(sums.to(tl.float32) * weight[:, :, None], 0)
+        weight = totals * tl.exp2(maximum - base[None, :])
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep[:, None] + tl.sum(means.to(tl.float32) * weight[:, :, None], 0)
         largest = new
     seen = tl.where(total > 0, total, 1.0)
     lse = tl.where(total > 0, largest + tl.log2(seen), float("-inf"))
@@ -66,7 +61,7 @@ def reduce_items(
 def reduce_kernel(
     row_source_ptr,  # [NUM_ROWS] int32
     items_ptr,  # [n, 2] int32
-    sum_ptr,  # [items, ROW_PAD, F] float32; means: cache dtype
+    item_mean_ptr,  # [items, ROW_PAD, F] cache dtype
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     mean_ptr,  # [n, MEAN_SIZE], written
@@ -80,7 +75,6 @@ def reduce_kernel(
     GROUP_PAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITEMS: tl.constexpr,
-    MEANS: tl.constexpr,
     MEAN_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -117,8 +111,8 @@ def reduce_kernel(
             width = HEAD_DIM
         row = head * GROUP + member
         mean, lse = reduce_items(
-            sum_ptr + source_place, maximum_ptr, total_ptr, first, last, row, real,
-            F, ROW_PAD, GROUP_PAD, COLUMNS, ITEMS, MEANS,
+            item_mean_ptr + source_place, maximum_ptr, total_ptr, first, last, row, real,
+            F, ROW_PAD, GROUP_PAD, COLUMNS, ITEMS,
         )  # fmt: skip
         out_ptrs = mean_ptr + start + member[:, None] * width + element[None, :]
         tl.store(out_ptrs, mean.to(mean_ptr.dtype.element_ty), mask=real[:, None])

@@ -97,8 +97,8 @@ class DecodeScratch:
         offset: float32, their score offsets (key bias).
         scores: float32, [num_programs, chunk_len * row_pad].
         weights: cache dtype, of the same shape.
-        sums: float32, [programs + max_reqs, row_pad * F], each work item's weighted features; the
-            fused kernel writes their means, cache dtype, to the same memory.
+        sums: float32, [num_programs, row_pad * F], weighted features between two chunks.
+        item_mean: cache dtype, [programs + max_reqs, row_pad * F], each work item's.
         maximum, total: [programs + max_reqs, row_pad] float32, its softmax state.
         mean: [max_reqs, mean_size], cache dtype, each request's features over all its items.
         lse: [max_reqs, rows] float32, log2, of the same.
@@ -113,6 +113,7 @@ class DecodeScratch:
     scores: torch.Tensor
     weights: torch.Tensor
     sums: torch.Tensor
+    item_mean: torch.Tensor
     maximum: torch.Tensor
     total: torch.Tensor
     mean: torch.Tensor
@@ -147,6 +148,7 @@ class DecodeScratch:
             return torch.empty(size, dtype=dtype, device=device)
 
         rows = max(group.row_pad for group in groups)
+        item = max(group.row_pad * group.maps.width for group in groups)
         line = max(line_size(group) for group in groups)
         max_lines = shape.num_lines(max_reqs, max_len)
         max_lines = min(max_lines, line_bytes // (line * dtype.itemsize))
@@ -164,7 +166,8 @@ class DecodeScratch:
             offset=empty(num_lines * max(group.num_echoed * group.group for group in groups)),
             scores=empty(num_programs * shape.chunk_len * rows),
             weights=empty(num_programs * shape.chunk_len * rows, dtype),
-            sums=empty(max_items * max(g.row_pad * g.maps.width for g in groups)),
+            sums=empty(num_programs * item),
+            item_mean=empty(max_items * item, dtype),
             maximum=empty(max_items * rows),
             total=empty(max_items * rows),
             mean=empty(max_reqs * max(mean_size(group) for group in groups), dtype),

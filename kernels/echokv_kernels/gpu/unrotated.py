@@ -140,7 +140,8 @@ def unrotated_decode_kernel(
     turned_ptr,  # [programs, turned size], see turn_queries
     scores_ptr,  # [programs, CHUNK * ROW_PAD] float32
     weights_ptr,  # the same, cache dtype
-    sum_ptr,  # [items, ROW_PAD, F] float32
+    sum_ptr,  # [programs, ROW_PAD, F] float32
+    mean_ptr,  # [items, ROW_PAD, F], cache dtype
     maximum_ptr,  # [items, ROW_PAD] float32
     total_ptr,  # [items, ROW_PAD] float32
     num_requests,
@@ -191,6 +192,7 @@ def unrotated_decode_kernel(
     turned = turned_ptr + place * TURNED
     scores = scores_ptr + place * (CHUNK * ROW_PAD)
     weights = weights_ptr + place * (CHUNK * ROW_PAD)
+    sums = sum_ptr + place * (ROW_PAD * F)
     row = tl.arange(0, ROW_PAD)
     row_source = tl.load(row_source_ptr + row, mask=row < NUM_ROWS, other=-2)
     while position < share_end:
@@ -202,7 +204,7 @@ def unrotated_decode_kernel(
         item = program + request
         table = table_ptr + request.to(tl.int64) * stride_table
         exact = exact_ptr + request.to(tl.int64) * stride_exact
-        sums = sum_ptr + tl.cast(item, tl.int64) * (ROW_PAD * F)
+        means = mean_ptr + tl.cast(item, tl.int64) * (ROW_PAD * F)
         item_start = (position - before).to(tl.int32)
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
@@ -226,8 +228,8 @@ def unrotated_decode_kernel(
             )
             tl.debug_barrier()
             weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, shrink,
-                row_source, start, stop, start == item_start,
+                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, means, shrink,
+                total, row_source, start, stop, start == item_start, stop == item_stop,
                 NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, 2 * HALF_PAD,
                 VALUE_STAGES,
             )  # fmt: skip
@@ -256,7 +258,7 @@ def launch_unrotated(
     rotation: RotationTable,
     scale_log2: float,
 ) -> None:
-    """Fills `scratch.sums`, `maximum` and `total`; arguments as in `decode.attend_context`."""
+    """Fills `scratch.item_mean`, `maximum` and `total`; arguments as in `decode.attend_context`."""
     features, maps, plan = heads.features, heads.maps, batch.plan
     assert maps.key.numel() < 2**31, "elements of a layer's key maps are counted in 32 bits"
     head_dim, group = maps.head_dim, heads.group
@@ -270,7 +272,8 @@ def launch_unrotated(
         heads.row_query, heads.row_source, batch.retained_table, plan.exact,
         batch.query_start_loc, batch.seq_lens, plan.token_end, plan.share_len,
         rotation.coarse, rotation.fine, places, scratch.plain, scratch.turned,
-        scratch.scores, scratch.weights, scratch.sums, scratch.maximum, scratch.total,
+        scratch.scores, scratch.weights, scratch.sums, scratch.item_mean, scratch.maximum,
+        scratch.total,
         batch.num_reqs, query.stride(0), query.stride(1), batch.retained_table.stride(0),
         plan.exact.stride(0), features.block_stride, scale_log2, maps.width,
         CHUNK=shape.chunk_len,
