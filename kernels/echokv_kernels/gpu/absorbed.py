@@ -126,11 +126,13 @@ def weighted_values(
     block_stride,
     source_offset_ptr,
     table_ptr,
-    weights_ptr,  # [CHUNK, ROW_PAD] cache dtype
+    scores_ptr,  # [CHUNK, ROW_PAD] float32
+    weights_ptr,  # [CHUNK, ROW_PAD] cache dtype, written
     sum_ptr,  # [ROW_PAD, F] float32: what waits for the item's next chunk
     mean_ptr,  # [ROW_PAD, F] cache dtype: the item's result
-    shrink,  # [ROW_PAD] float32, factor of the sums of earlier chunks
-    total,  # [ROW_PAD] float32, weights of all chunks so far
+    earlier_maximum,  # [ROW_PAD] float32, of the scores of earlier chunks
+    maximum,  # [ROW_PAD] float32, with this one's
+    total,  # [ROW_PAD] float32, weights of earlier chunks
     row_source,  # [ROW_PAD] int32, the source head whose sum a row needs; -1: all, -2: none
     start,
     stop,
@@ -144,15 +146,26 @@ def weighted_values(
     HEADS_PER_STEP: tl.constexpr,
     DIM_PAD: tl.constexpr,
     STAGES: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
 ):
-    """Adds the chunk's weighted value features to the sums; the last chunk leaves their mean."""
+    """Adds the chunk's weighted value features to the sums; the last chunk leaves their mean.
+
+    Returns `total` with this chunk's weights.
+    """
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     NUM_STEPS: tl.constexpr = NUM_SOURCES // HEADS_PER_STEP
     row = tl.arange(0, ROW_PAD)
     element = tl.arange(0, DIM_PAD)
     slot = tl.arange(0, BLOCK_T)
     known = element < HEAD_DIM
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
+    shrink = tl.exp2(earlier_maximum - base)
+    total = total * shrink + chunk_weights(
+        scores_ptr, weights_ptr, base, stop - start, ROW_PAD, WEIGHT_T, STAGES
+    )
     part = 1.0 / tl.where(total > 0, total, 1.0)
+    # Weights are written and read with different thread mappings.
+    tl.debug_barrier()
     for step in range(NUM_STEPS):
         offsets = source_offsets(source_offset_ptr, step, HEADS_PER_STEP)
         sums = ()
@@ -187,6 +200,7 @@ def weighted_values(
                 tl.store(mean_ptr + at, mean, mask=mask)
             else:
                 tl.store(sum_ptr + at, acc, mask=mask)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_requests", "max_lines"])
@@ -304,17 +318,11 @@ def absorbed_decode_kernel(
                 SCORE_HEADS, DIM_PAD, SCORE_STAGES,
             )  # fmt: skip
             tl.debug_barrier()
-            base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            shrink = tl.exp2(maximum - base)
-            total = total * shrink + chunk_weights(
-                scores, weights, base, stop - start, ROW_PAD, BLOCK_T, SCORE_STAGES
-            )
-            tl.debug_barrier()
-            weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, means, shrink,
-                total, row_source, start, stop, start == item_start, stop == item_stop,
-                NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, DIM_PAD,
-                VALUE_STAGES,
+            total = weighted_values(
+                pool_ptr, block_stride, source_offset_ptr, table, scores, weights, sums, means,
+                maximum, new_maximum, total, row_source, start, stop, start == item_start,
+                stop == item_stop, NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS,
+                DIM_PAD, VALUE_STAGES, BLOCK_T,
             )  # fmt: skip
             maximum = new_maximum
             tl.debug_barrier()

@@ -27,7 +27,6 @@ from echokv_kernels.gpu.absorbed import weighted_values
 from echokv_kernels.gpu.launch import UNROTATED
 from echokv_kernels.gpu.plain import plain_features, turn_queries
 from echokv_kernels.gpu.shares import find_request, own_share
-from echokv_kernels.gpu.softmax import chunk_weights
 from echokv_kernels.gpu.unrotated_scores import largest_scores, rebuilt_scores, retained_scores
 
 if TYPE_CHECKING:
@@ -221,17 +220,11 @@ def unrotated_decode_kernel(
                 HEADS, STEP, ROWS, OWN_ROWS, PAIRS, SCORE_STAGES,
             )  # fmt: skip
             new_maximum = largest_scores(scores, stop - start, maximum, NUM_ROWS, ROW_PAD, WEIGHT_T)
-            base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            shrink = tl.exp2(maximum - base)
-            total = total * shrink + chunk_weights(
-                scores, weights, base, stop - start, ROW_PAD, WEIGHT_T, VALUE_STAGES
-            )
-            tl.debug_barrier()
-            weighted_values(
-                pool_ptr, block_stride, source_offset_ptr, table, weights, sums, means, shrink,
-                total, row_source, start, stop, start == item_start, stop == item_stop,
-                NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS, 2 * HALF_PAD,
-                VALUE_STAGES,
+            total = weighted_values(
+                pool_ptr, block_stride, source_offset_ptr, table, scores, weights, sums, means,
+                maximum, new_maximum, total, row_source, start, stop, start == item_start,
+                stop == item_stop, NUM_SOURCES, HEAD_DIM, BLOCK_SIZE, VALUE_T, ROW_PAD, VALUE_HEADS,
+                2 * HALF_PAD, VALUE_STAGES, WEIGHT_T,
             )  # fmt: skip
             maximum = new_maximum
             tl.debug_barrier()
