@@ -118,7 +118,10 @@ class Scene:
             wide_block_len=64,
             max_width=2 * self.batch.head_dim,
             value_len=64,
-            warp_sums=heads.row_pad * self.batch.head_dim // 2,
+            # Scenes for two loops take several steps over the values.
+            warp_sums=DecodeTiles.warp_sums
+            if self.fused_bytes
+            else heads.row_pad * self.batch.head_dim // 2,
             fused_bytes=self.fused_bytes,
             hold_from=256,
         )

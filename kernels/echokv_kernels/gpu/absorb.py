@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from echokv_kernels.gpu.overlap import let_next_begin, wait_for_previous
-from echokv_kernels.gpu.projection import column_elements, split_pairs
+from echokv_kernels.gpu.projection import column_elements, join_pairs, split_pairs
 from echokv_kernels.gpu.rotation import cos_sin, element_pairs, pair_elements
 
 
@@ -199,10 +199,7 @@ def turned_back(
         back = q_2.to(tl.float32) * cos - q_1.to(tl.float32) * sin
         q_1 = (q_1.to(tl.float32) * cos + q_2.to(tl.float32) * sin).to(q_1.dtype)
         q_2 = back.to(q_1.dtype)
-    pairs = tl.join(q_1, q_2)
-    if not INTERLEAVED:
-        pairs = tl.permute(pairs, [0, 2, 1])
-    return tl.reshape(pairs, [cos.shape[0], 2 * cos.shape[1]])
+    return join_pairs(q_1, q_2, INTERLEAVED)
 
 
 @triton.jit
@@ -251,10 +248,7 @@ def turned_forward(
     PAIRS: tl.constexpr = cos.shape[1]
     a_1, a_2 = split_pairs(a, 1, 2 * PAIRS, INTERLEAVED)
     a_1, a_2 = tl.reshape(a_1, [LINES, PAIRS]), tl.reshape(a_2, [LINES, PAIRS])
-    pairs = tl.join(a_1 * cos - a_2 * sin, a_2 * cos + a_1 * sin)
-    if not INTERLEAVED:
-        pairs = tl.permute(pairs, [0, 2, 1])
-    return tl.reshape(pairs, [LINES, 2 * PAIRS])
+    return join_pairs(a_1 * cos - a_2 * sin, a_2 * cos + a_1 * sin, INTERLEAVED)
 
 
 @triton.jit

@@ -33,8 +33,7 @@ class DecodeTiles:
         fused_stages: depth of its pipeline.
         hold_from: rotation blocks from this length on get their absorbed queries once, at the
             price of a pipeline that begins anew with each of them.
-        max_sums: sums that one loop may hold in registers, echoed rows times features.
-        warp_sums: sums that a warp of the loop over values may hold, rows times features.
+        warp_sums: sums that a warp may hold in registers, rows times features.
         shared_bytes: shared memory that pipelines may take.
         min_share_len: tokens of a program, at least; shorter shares cost more to combine than they
             save.
@@ -55,7 +54,6 @@ class DecodeTiles:
     fused_tile_bytes: int = 32 * 1024
     fused_stages: int = 2
     hold_from: int = 1024
-    max_sums: int = 32 * 512
     warp_sums: int = 32 * 128
     shared_bytes: int = 200 * 1024
     min_share_len: int = 128
@@ -67,7 +65,8 @@ class DecodeTiles:
 
     def is_fused(self, echo_pad: int, width: int, itemsize: int) -> bool:
         """Whether one loop takes keys and values; arguments as of `is_wide`."""
-        return not self.is_wide(width, itemsize) and echo_pad * width <= self.max_sums
+        fits = echo_pad * width <= self.num_warps * self.warp_sums
+        return fits and not self.is_wide(width, itemsize)
 
     def fused_len(self, width: int, itemsize: int) -> int:
         """Tokens per tile of that loop, a power of two; arguments as of `is_wide`."""

@@ -219,3 +219,16 @@ def split_pairs(
     if not INTERLEAVED:
         total = tl.permute(tl.reshape(total, [ROWS, HEADS, 2, HALF]), [0, 1, 3, 2])
     return tl.split(tl.reshape(total, [ROWS, HEADS, HALF, 2]))
+
+
+@triton.jit
+def join_pairs(
+    first,  # [ROWS, PAIRS], first elements of the pairs of one head
+    second,  # [ROWS, PAIRS], the second
+    INTERLEAVED: tl.constexpr,
+):
+    """The head [ROWS, 2 * PAIRS], columns as in column_elements: the reverse of split_pairs."""
+    pairs = tl.join(first, second)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs, [0, 2, 1])
+    return tl.reshape(pairs, [first.shape[0], 2 * first.shape[1]])
