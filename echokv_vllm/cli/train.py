@@ -22,7 +22,7 @@ from echokv_vllm.train.options import (
 
 _PLANS = {
     **PRESETS,
-    SEARCHED_PLAN: "search for --ratio: whichever heads matter least to the model's predictions",
+    SEARCHED_PLAN: "searched for --ratio: retains the heads that the predictions depend on most",
 }
 _EPILOG = "plans:\n" + "\n".join(f"  {name:<10} {text}" for name, text in _PLANS.items())
 
@@ -50,8 +50,8 @@ def add_parser(subparsers: Any) -> None:
 
     def option(flag: str, text: str, **settings: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")]
-        if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction if default else "store_true"
+        if isinstance(default, bool) or settings.pop("either", False):
+            action = "store_true" if default is False else argparse.BooleanOptionalAction
             settings.setdefault("action", action)
             settings.setdefault("default", default)
         else:
@@ -77,11 +77,15 @@ _Option = Callable[..., None]
 def _add_plan(option: _Option) -> None:
     option(
         "--plan",
-        "preset, JSON file, or auto: search the heads that matter least",
-        metavar="PRESET_OR_JSON_FILE",
+        "auto: search which heads to retain; or a preset, or a JSON file",
+        metavar="PLAN",
     )
-    option("--ratio", "auto: share of the cache's bytes that stays, such as 0.5", type=float)
-    option("--uniform", "auto: every layer retains equally many heads")
+    option("--ratio", "auto: share of the cache's bytes that stays", type=float, absent="0.5")
+    option(
+        "--uniform",
+        "auto: every layer retains equally many heads, which decodes fastest (default: yes)",
+        either=True,
+    )
     option(
         "--neighbours",
         "auto: also look for source heads in so many earlier layers",

@@ -19,6 +19,7 @@ CACHE_DTYPES = ("auto", "fp8", "int4")
 RESIDUAL_BITS = (0, 2)
 SEARCHED_PLAN = "auto"
 """Value of the option `plan` that asks for a search."""
+DEFAULT_RATIO = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class TrainOptions:
         data: Local `.txt`, `.txt.xz` or `.jsonl` file, or a Hugging Face dataset as
             `NAME[:CONFIG[:SPLIT]]`.
         out: Folder for the checkpoint.
-        plan: Preset name (see `echokv_vllm.presets.PRESETS`), a JSON plan file, or `auto`: search
-            one for `ratio`.
+        plan: `auto`: search the heads that matter least, for `ratio`; or a preset name (see
+            `echokv_vllm.presets.PRESETS`), or a JSON plan file.
         ratio: With plan `auto`: bytes of the retained heads over bytes of all heads, rounded to
-            whole heads by at most 0.01.
-        uniform: With plan `auto`: every layer retains equally many heads.
+            whole heads by at most 0.01. None: half of them.
+        uniform: With plan `auto`: every layer retains equally many heads, which decodes fastest.
+            None: yes.
         neighbours: With plan `auto`: also look for source heads in so many earlier layers; they
             cost no bytes but slow decode down.
         max_sources: With `neighbours`: source heads of a layer at most, its own included; decode
@@ -89,9 +91,9 @@ class TrainOptions:
     model: str
     data: str
     out: str
-    plan: str = "local-0.5"
+    plan: str = SEARCHED_PLAN
     ratio: float | None = None
-    uniform: bool = False
+    uniform: bool | None = None
     neighbours: int = 0
     max_sources: int | None = None
     rotation_block: int = 256
@@ -171,15 +173,20 @@ class TrainOptions:
                 f"sequence_len={self.sequence_len}; raise the one or lower the other"
             )
 
+    @property
+    def searched_ratio(self) -> float:
+        """The ratio a search aims at."""
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
+
+    @property
+    def searches_uniform(self) -> bool:
+        """Whether a searched plan retains equally many heads in every layer."""
+        return self.uniform is not False
+
     def _check_search(self) -> None:
         """What belongs to plan `auto` and only to it."""
         if self.plan == SEARCHED_PLAN:
-            if self.ratio is None:
-                raise ValueError(
-                    "plan='auto' needs a ratio: the share of the cache's bytes that stays, such as "
-                    "0.5 (--ratio 0.5)"
-                )
-            check_ratio(self.ratio)
+            check_ratio(self.searched_ratio)
             if self.max_sources is not None and not (self.neighbours and self.max_sources > 0):
                 raise ValueError(
                     f"max_sources={self.max_sources} must be at least 1 and needs neighbours, the "
@@ -189,7 +196,7 @@ class TrainOptions:
             return
         for name in ("ratio", "uniform", "neighbours", "max_sources"):
             value = getattr(self, name)
-            if value not in (None, False, 0):
+            if value is not None and (name, value) != ("neighbours", 0):
                 raise ValueError(
                     f"{name}={value} is for plan='auto' only, but the plan is {self.plan!r}; use "
                     f"plan=auto, or leave out {name}"

@@ -171,8 +171,8 @@ def _given_plan(options: TrainOptions, fingerprint: ModelFingerprint) -> EchoPla
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     if options.plan != SEARCHED_PLAN:
         return load_plan(options.plan, *shape, options.shards)
-    assert options.ratio is not None, "TrainOptions checks this"
-    head_budget(options.ratio, *shape, options.shards, options.uniform, options.max_sources)
+    ratio, uniform = options.searched_ratio, options.searches_uniform
+    head_budget(ratio, *shape, options.shards, uniform, options.max_sources)
     return None
 
 
@@ -188,10 +188,9 @@ def _searched_plan(
         return EchoPlan.from_dict(saved.record["plan"])
     from echokv_vllm.train.search.search import search_plan
 
-    assert options.ratio is not None, "TrainOptions checks this"
     wanted = SearchOptions(
-        ratio=options.ratio,
-        uniform=options.uniform,
+        ratio=options.searched_ratio,
+        uniform=options.searches_uniform,
         shards=options.shards,
         neighbours=options.neighbours,
         max_sources=options.max_sources,

@@ -44,6 +44,8 @@ def test_every_option_is_on_the_command_line_with_its_default(monkeypatch):
     expected = train_options.TrainOptions(model="MODEL", data="DATA", out="OUT")
     for name, value in vars(expected).items():
         assert getattr(parsed, name) == value, name
+    assert expected.plan == "auto"
+    assert (expected.searched_ratio, expected.searches_uniform) == (0.5, True)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,6 @@ def test_phases_of_a_training(tmp_path):
 
 
 def test_a_failed_training_leaves_no_answer(tmp_path):
-    ended = run(tmp_path, "--plan", "auto")
-    assert ended.returncode == 2 and "--ratio 0.5" in ended.stderr
+    ended = run(tmp_path, "--ratio", "2")
+    assert ended.returncode == 2 and "ratio=2.0" in ended.stderr
     assert not (tmp_path / "out.json").exists()

@@ -160,6 +160,17 @@ def _train_options(model_folder, corpus, tmp_path, **changes):
     )  # fmt: skip
 
 
+def test_the_plan_is_searched_unless_named(model_folder, corpus, tmp_path):
+    result = train(
+        TrainOptions(
+            model_folder, corpus, str(tmp_path / "out"), sequence_len=64, max_position=256,
+            device="cpu", progress=False,
+        )
+    )  # fmt: skip
+    assert result.checkpoint.plan.name == "auto-0.5"
+    assert [len(layer.retained) for layer in result.checkpoint.plan.layers] == [2, 2, 2]
+
+
 def test_training_with_a_searched_plan(model_folder, corpus, tmp_path):
     result = train(_train_options(model_folder, corpus, tmp_path, shards=2, uniform=True))
     loaded = EchoCheckpoint.load(tmp_path / "out")
@@ -223,19 +234,19 @@ def test_command_line(model_folder, corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ratio": None}, ["plan='auto'", "--ratio 0.5"]),
         ({"ratio": 1.5}, ["ratio=1.5", "between 0 and 1"]),
         ({"ratio": float("nan")}, ["ratio=nan", "between 0 and 1"]),
         ({"plan": "local-0.5"}, ["ratio=0.5", "'local-0.5'", "plan=auto"]),
         ({"plan": "local-0.5", "ratio": None, "uniform": True}, ["uniform=True", "plan=auto"]),
+        ({"plan": "local-0.5", "ratio": None, "uniform": False}, ["uniform=False", "plan=auto"]),
         ({"plan": "local-0.5", "ratio": None, "neighbours": 2}, ["neighbours=2"]),
         ({"neighbours": -1}, ["neighbours=-1"]),
         ({"max_sources": 8}, ["max_sources=8", "neighbours=0", "name both"]),
         ({"neighbours": 1, "max_sources": 0}, ["max_sources=0", "at least 1"]),
         ({"neighbours": 1, "max_sources": 1}, ["max_sources=1", "below the", "lower ratio"]),
         ({"plan": "local-0.5", "ratio": None, "max_sources": 8}, ["max_sources=8", "plan=auto"]),
-        ({"ratio": 0.4, "uniform": True}, ["ratio=0.4", "0.25 and 0.5"]),
-        ({"ratio": 0.1}, ["ratio=0.1", "0.25 to 0.9167"]),
+        ({"ratio": 0.4}, ["ratio=0.4", "0.25 and 0.5", "--no-uniform"]),
+        ({"ratio": 0.1, "uniform": False}, ["ratio=0.1", "0.25 to 0.9167"]),
         ({"shards": 4}, ["shards=4", "one KV head"]),
     ],
 )

@@ -297,7 +297,7 @@ def test_reachable_ratios():
     assert head_budget(0.37, 12, 8, uniform=True) == 36
     assert head_budget(0.5, 12, 8, shards=4) == 12
     for arguments, words in [
-        ((0.4, 12, 8, 1, True), ["ratio=0.4", "0.375 and 0.5", "leave out uniform"]),
+        ((0.4, 12, 8, 1, True), ["ratio=0.4", "0.375 and 0.5", "--no-uniform"]),
         ((0.05, 12, 8, 1, False), ["ratio=0.05", "0.125 to 0.9896"]),
         ((0.25, 12, 8, 4, False), ["ratio=0.25", "0.5 to"]),
         ((0.5, 12, 8, 8, False), ["shards=8", "one KV head per shard"]),

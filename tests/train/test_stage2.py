@@ -27,6 +27,7 @@ def options(model_folder, corpus, tmp_path):
         model=model_folder,
         data=corpus,
         out=str(tmp_path / "checkpoint"),
+        plan="local-0.5",
         rotation_block=16,
         sequence_len=64,
         num_tokens=64 * 60,

@@ -115,7 +115,7 @@ def head_budget(
         constraint = f"{num_layers} layers of {num_kv_heads} KV heads, shards={shards}" + (
             ", uniform" if uniform else ""
         )
-        remedy = "choose one of these" + (", or leave out uniform" if uniform else "")
+        remedy = "choose one of these" + (", or uniform=False (--no-uniform)" if uniform else "")
         raise ValueError(
             f"ratio={ratio} cannot be reached with {constraint}; reachable are "
             f"{allowed[0] / full:.4g} to {allowed[-1] / full:.4g} in steps of {step / full:.4g}, "
