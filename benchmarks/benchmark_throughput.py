@@ -1,10 +1,13 @@
 """Offline throughput of stock vLLM and EchoKV in one run, measured by `vllm bench throughput`.
 
-    python benchmarks/benchmark_throughput.py MODEL --checkpoint DIR [--mode auto] -- BENCH OPTIONS
+    python benchmarks/benchmark_throughput.py MODEL --checkpoint DIR [--modes auto,compressed]
+        [--peers fp8] -- BENCH OPTIONS
 
-Everything after `--` goes to both runs unchanged, for example `--random-input-len 8000
---random-output-len 500 --num-prompts 64 --num-warmups 8 --gpu-memory-utilization 0.5`. (vLLM 0.32
-ignores its own `--input-len` and `--output-len`.) The table's last column is the ratio to stock.
+Everything after `--` goes to all runs unchanged, for example `--random-input-len 8000
+--random-output-len 500 --num-prompts 64 --num-warmups 8 --kv-cache-memory-bytes 16G`. (vLLM 0.32
+ignores its own `--input-len` and `--output-len`. EchoKV's pages are smaller, so the same
+`--num-gpu-blocks-override` is not the same memory.) Peers are stock vLLM with that KV cache dtype.
+The table's ratios are to stock; counts include warm-ups.
 """
 
 import argparse
@@ -13,17 +16,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+COUNTED_BENCH = Path(__file__).with_name("counted_bench.py")
+MODES = ("auto", "full", "compressed")
 
 
-def bench(model: str, options: list[str], output: Path) -> dict[str, float]:
-    """One `vllm bench throughput` in a process of its own; its JSON result."""
+def bench(model: str, options: list[str], folder: Path) -> dict[str, Any]:
+    """One `vllm bench throughput` in a process of its own: its JSON result and the counts."""
+    output, counts = folder / "result.json", folder / "counts.json"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput",
+        sys.executable, str(COUNTED_BENCH), str(counts), "throughput",
         "--model", model, "--output-json", str(output), *options,
     ]  # fmt: skip
     print("+", " ".join(command), flush=True)
     subprocess.run(command, check=True)
-    return dict(json.loads(output.read_text(encoding="utf-8")))
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return result | {"counts": json.loads(counts.read_text(encoding="utf-8"))}
 
 
 def split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -34,36 +43,69 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:end], arguments[end + 1 :]
 
 
-def main() -> None:
+def runs(checkpoint: str, modes: list[str], peers: list[str]) -> dict[str, list[str]]:
+    """Engine options of every run, by the name it has in the table; stock comes first."""
+    named: dict[str, list[str]] = {"stock": []}
+    for peer in peers:
+        named[f"stock {peer}"] = ["--kv-cache-dtype", peer]
+    for mode in modes:
+        settings = {"echokv": {"checkpoint": checkpoint, "mode": mode}}
+        named[f"echokv {mode}"] = [
+            "--attention-backend", "echokv", "--additional-config", json.dumps(settings),
+        ]  # fmt: skip
+    return named
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One line per run."""
+    stock = results["stock"]["tokens_per_second"]
+    lines = [
+        f"{'run':<18} {'requests/s':>11} {'tokens/s':>11} {'of stock':>9} {'peak running':>13} "
+        f"{'preemptions':>12} {'pages dropped':>14}"
+    ]
+    for name, result in results.items():
+        speed, counts = result["tokens_per_second"], result["counts"]
+        lines.append(
+            f"{name:<18} {result['requests_per_second']:>11.3f} {speed:>11.1f} "
+            f"{speed / stock:>8.2f}x {counts['running']:>13} {counts['preemptions']:>12} "
+            f"{counts['pages_dropped']:>14}"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--checkpoint", required=True, help="EchoKV checkpoint of the model")
-    parser.add_argument("--mode", default="auto", choices=("auto", "full", "compressed"))
-    parser.add_argument("--json", type=Path, help="write both results there")
+    parser.add_argument(
+        "--modes", default="auto", type=lambda text: text.split(","), metavar="MODE[,MODE...]",
+        help=f"EchoKV's runs: {', '.join(MODES)} (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", default=[], type=lambda text: text.split(","), metavar="DTYPE[,DTYPE...]",
+        help="further runs of stock vLLM with these KV cache dtypes, such as fp8",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write all results there")
+    args = parser.parse_args(arguments)
+    if unknown := [mode for mode in args.modes if mode not in MODES]:
+        parser.error(f"mode {unknown[0]!r} is none of {', '.join(MODES)}")
+    return args
+
+
+def main() -> None:
     # argparse gives a list of positionals nothing that follows an option, so `--` is split here.
     own, bench_options = split_options(sys.argv[1:])
-    args = parser.parse_args(own)
-    settings = {"echokv": {"checkpoint": args.checkpoint, "mode": args.mode}}
-    echokv = ["--attention-backend", "echokv", "--additional-config", json.dumps(settings)]
-    with tempfile.TemporaryDirectory() as folder:
-        results = {
-            "stock": bench(args.model, bench_options, Path(folder) / "stock.json"),
-            f"echokv {args.mode}": bench(
-                args.model, [*bench_options, *echokv], Path(folder) / "echokv.json"
-            ),
-        }
-    stock = results["stock"]["tokens_per_second"]
-    print(f"\n{'run':<18} {'requests/s':>11} {'tokens/s':>11} {'of stock':>9}")
-    for name, result in results.items():
-        tokens_per_second = result["tokens_per_second"]
-        print(
-            f"{name:<18} {result['requests_per_second']:>11.3f} {tokens_per_second:>11.1f} "
-            f"{tokens_per_second / stock:>8.2f}x"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    args = parse_args(own)
+    results = {}
+    for name, options in runs(args.checkpoint, args.modes, args.peers).items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = bench(args.model, [*bench_options, *options], Path(folder))
+        if args.json:
+            # After every run: what was measured survives a later failure.
+            args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""`benchmarks/benchmark_throughput.py`: what it runs and prints; a real run at night."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "benchmark_throughput.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_throughput", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_differ_in_the_backend_alone(script: ModuleType) -> None:
+    runs = script.runs("DIR", ["auto", "compressed"], ["fp8"])
+    assert list(runs) == ["stock", "stock fp8", "echokv auto", "echokv compressed"]
+    assert runs["stock"] == [] and runs["stock fp8"] == ["--kv-cache-dtype", "fp8"]
+    backend, settings = runs["echokv compressed"][:2], runs["echokv compressed"][3]
+    assert backend == ["--attention-backend", "echokv"]
+    assert json.loads(settings) == {"echokv": {"checkpoint": "DIR", "mode": "compressed"}}
+
+
+def test_ratios_are_to_stock(script: ModuleType) -> None:
+    counts = {"running": 5, "preemptions": 3, "pages_dropped": 0}
+    stock = {"requests_per_second": 2.0, "tokens_per_second": 800.0, "counts": counts}
+    auto = {
+        "requests_per_second": 3.0, "tokens_per_second": 1200.0,
+        "counts": {"running": 8, "preemptions": 0, "pages_dropped": 151},
+    }  # fmt: skip
+    lines = script.table({"stock": stock, "echokv auto": auto}).splitlines()
+    assert lines[1].split() == ["stock", "2.000", "800.0", "1.00x", "5", "3", "0"]
+    assert lines[2].split() == ["echokv", "auto", "3.000", "1200.0", "1.50x", "8", "0", "151"]
+
+
+def test_options_behind_the_dashes_are_the_benchmarks(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, others = script.split_options(["MODEL", "--checkpoint", "DIR", "--", "--seed", "1"])
+    assert (own, others) == (["MODEL", "--checkpoint", "DIR"], ["--seed", "1"])
+    assert script.parse_args(own).modes == ["auto"]
+    with pytest.raises(SystemExit):
+        script.parse_args([*own, "--modes", "auto,small"])
+    assert "'small' is none of auto, full, compressed" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_short_cache_holds_more_requests_and_preempts_none(tmp_path: Path) -> None:
+    model = ROOT / "examples" / "tiny_model"
+    answer = tmp_path / "answer.json"
+    command = [
+        sys.executable, str(SCRIPT), str(model), "--checkpoint", str(model / "echokv-local-0.5"),
+        "--json", str(answer), "--", "--random-input-len", "600", "--random-output-len", "60",
+        "--num-prompts", "12", "--max-model-len", "1024", "--kv-cache-memory-bytes", "20M",
+        "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16",
+    ]  # fmt: skip
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout[-800:])
+    results = json.loads(answer.read_text(encoding="utf-8"))
+    stock, auto = results["stock"]["counts"], results["echokv auto"]["counts"]
+    assert auto["running"] > stock["running"] > 0
+    assert stock["preemptions"] > 0 and auto["preemptions"] == 0
+    assert auto["pages_dropped"] > 0
