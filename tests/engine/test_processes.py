@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pressure_traffic
 import pytest
 from engines import engine, generate, tokens
 
-SCRIPT = Path(__file__).parents[1] / "support" / "generate_tokens.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 LENGTHS = (5, 48, 130, 300)
 POOL = {"num_gpu_blocks_override": 46, "max_model_len": 352, "enable_prefix_caching": False}
 
@@ -35,15 +36,22 @@ def in_processes(
         "echokv": {"mode": mode}, "options": {**POOL, **options}, "prompts": prompts,
         "modes": modes, "max_tokens": 24,
     }))  # fmt: skip
+    ranks = options.get("tensor_parallel_size", options.get("pipeline_parallel_size", 1))
+    return answer_of("generate_tokens.py", job, ranks, timeout=600)
+
+
+def answer_of(script: str, job: Path, ranks: int, timeout: float) -> Any:
+    """What a script writes for a job, its engine's core and workers being separate processes."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    if ranks := options.get("tensor_parallel_size", options.get("pipeline_parallel_size", 1)) - 1:
+    if ranks > 1:
         # vLLM binds one worker per group of cores and cannot find the groups by itself.
         cores = sorted(os.sched_getaffinity(0))
-        assert len(cores) > ranks, "the caller skips machines with fewer cores than ranks"
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[: ranks + 1]))
+        assert len(cores) >= ranks, "the caller skips machines with fewer cores than ranks"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:ranks]))
     done = subprocess.run(
-        [sys.executable, SCRIPT, job], env=environment, capture_output=True, text=True, timeout=600
-    )
+        [sys.executable, SUPPORT / script, job],
+        env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     return json.loads(Path(f"{job}.out").read_text())
 
@@ -106,3 +114,34 @@ def test_pipeline_stages_rebuild_their_own_layers(
         tmp_path, model, folder, mode, prompts, pipeline_parallel_size=2, enforce_eager=False
     )
     assert two_stages == in_process(model, folder, mode, prompts)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2},
+        # Compiled for the same reason as above.
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+)
+def test_ranks_under_pressure_read_no_foreign_page(
+    parallel: dict[str, Any], tmp_path: Path, model_of: Callable[..., Path],
+    checkpoint_of: Callable[..., Path],
+) -> None:  # fmt: skip
+    """The interpreted GPU path: one scheduler drops pages, every rank notices by its stamps."""
+    model = model_of()
+    traffic = pressure_traffic.TRAFFIC
+    options = {
+        **traffic["options"], "dtype": "float32", "enforce_eager": True,
+        "distributed_executor_backend": "mp", **parallel,
+    }  # fmt: skip
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({
+        "model": str(model), "checkpoint": str(checkpoint_of(model, shards=2, recent_tokens=16)),
+        "runner": "v1", **traffic, "options": options, "seeds": [0], "num_requests": 24,
+    }))  # fmt: skip
+    answer = answer_of("interpreted_ranks.py", job, ranks=2, timeout=1500)
+    assert len(answer["ranks"]) == 2
+    pressure_traffic.check(answer)

@@ -2,7 +2,8 @@
 
 The job: model, checkpoint (null: stock), backend (stock only), runner ("v1" or "v2"), portable
 (true forces the portable path), echokv options, engine options, and either prompts with modes
-and max_tokens, or traffic (seeds, num_requests) with the shadow of ``shadow.py``.
+and max_tokens, or traffic (seeds, num_requests) with the shadow of ``shadow.py`` on every rank.
+Workers may be processes of their own, so whatever looks into one is sent there.
 """
 
 from __future__ import annotations
@@ -69,21 +70,42 @@ def generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def worker_of(llm: Any) -> Any:
-    """The EchoWorker of an engine."""
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+def echo_worker(worker: Any) -> Any:
+    """The EchoWorker of a vLLM worker."""
+    runner = worker.worker.model_runner
     context = runner.vllm_config.compilation_config.static_forward_context
     return next(layer.impl.worker for layer in context.values() if hasattr(layer, "impl"))
+
+
+def begin_shadow(worker: Any) -> None:
+    """Puts a vLLM worker under the shadow."""
+    from shadow import StepShadow
+
+    worker.step_shadow = StepShadow(echo_worker(worker))
+
+
+def read_shadow(worker: Any) -> dict[str, int]:
+    """What the shadow of a vLLM worker has seen."""
+    shadow = worker.step_shadow
+    return {
+        "accepted": shadow.num_accepted, "stale": shadow.num_stale,
+        "foreign": shadow.num_foreign, "steps": shadow.num_steps,
+    }  # fmt: skip
+
+
+def describe_worker(worker: Any, is_echo: bool) -> dict[str, Any]:
+    """What vLLM really used on one rank."""
+    found = {"runner": type(worker.worker.model_runner).__module__}
+    return found | ({"paired": echo_worker(worker).steps.paired} if is_echo else {})
 
 
 def play(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Random traffic with aborts under the shadow; what was left behind."""
     from engines import residual_manager, scheduler_of
-    from shadow import StepShadow
     from vllm import SamplingParams
 
-    shadow, core = StepShadow(worker_of(llm)), llm.llm_engine
+    llm.collective_rpc(begin_shadow)
+    core = llm.llm_engine
     preemptions = 0
     scheduler = scheduler_of(llm)
     preempt = scheduler._preempt_request
@@ -128,23 +150,20 @@ def play(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     manager = residual_manager(llm)
     return {
         "lost": lost, "finished": finished, "aborted": aborted, "preemptions": preemptions,
-        "accepted": shadow.num_accepted, "stale": shadow.num_stale,
-        "foreign": shadow.num_foreign, "steps": shadow.num_steps,
+        "ranks": llm.collective_rpc(read_shadow),
         "free": manager.block_pool.get_num_free_blocks() == manager.num_usable_blocks,
         "pages_dropped": manager.counters.pages_dropped,
         "admitted_compressed": manager.counters.admitted_compressed,
     }  # fmt: skip
 
 
-def describe(llm: Any) -> dict[str, Any]:
+def describe(llm: Any, is_echo: bool) -> dict[str, Any]:
     """What vLLM really used."""
-    core = llm.llm_engine.engine_core.engine_core
     config = llm.llm_engine.vllm_config
-    runner = core.model_executor.driver_worker.worker.model_runner
     return {
-        "runner": type(runner).__module__,
         "graphs": str(config.compilation_config.cudagraph_mode),
         "async": bool(config.scheduler_config.async_scheduling),
+        "ranks": llm.collective_rpc(describe_worker, args=(is_echo,)),
     }
 
 
@@ -154,9 +173,7 @@ def main() -> None:
     job = json.loads(path.read_text())
     llm = start(job)
     answer = play(llm, job) if "seeds" in job else generate(llm, job)
-    answer["engine"] = describe(llm)
-    if job["checkpoint"] is not None and not job.get("portable"):
-        answer["engine"]["paired"] = worker_of(llm).steps.paired
+    answer["engine"] = describe(llm, job["checkpoint"] is not None and not job.get("portable"))
     Path(f"{path}.out").write_text(json.dumps(answer))
 
 
