@@ -233,4 +233,6 @@ def _out_of_memory(options: TrainOptions, stage2: str, device: torch.device) -> 
     advice = f"{device} ran out of memory; lower {', '.join(remedies)}"
     if stage2 == "kl" and not options.checkpoint_activations:
         advice += ", set checkpoint_activations"
+    if options.plan == SEARCHED_PLAN:
+        advice += ", name a plan that needs no search, such as local-0.5"
     return f"{advice}, or use device=cpu"

@@ -266,6 +266,31 @@ def test_full_disk_leaves_nothing_behind(options, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "absent"),
+    [
+        ({}, ["batch_size=4", "sequence_len=64", "device=cpu"], ["step_size", "search"]),
+        (
+            {"plan": "auto", "stage2": "kl", "recent_tokens": 8},
+            ["step_size=1", "checkpoint_activations", "no search, such as local-0.5"],
+            [],
+        ),
+    ],
+)
+def test_running_out_of_memory_says_what_to_lower(
+    options, monkeypatch, tmp_path, changes, words, absent
+):
+    def load_model(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("echokv_vllm.train.run.load_model", load_model)
+    with pytest.raises(ValueError, match="ran out of memory") as caught:
+        train(dataclasses.replace(options, **changes))
+    assert all(word in str(caught.value) for word in words)
+    assert not any(word in str(caught.value) for word in absent)
+    assert not any(tmp_path.iterdir())
+
+
 def test_config_file_is_readable_json(options):
     train(options)
     with open(f"{options.out}/{CONFIG_FILE}") as file:
