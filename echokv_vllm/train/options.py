@@ -31,7 +31,7 @@ class TrainOptions:
         data: Local `.txt`, `.txt.xz` or `.jsonl` file, or a Hugging Face dataset as
             `NAME[:CONFIG[:SPLIT]]`.
         out: Folder for the checkpoint.
-        plan: `auto`: search the heads that matter least, for `ratio`; or a preset name (see
+        plan: `auto`: search which heads to retain, for `ratio`; or a preset name (see
             `echokv_vllm.presets.PRESETS`), or a JSON plan file.
         ratio: With plan `auto`: bytes of the retained heads over bytes of all heads, rounded to
             whole heads by at most 0.01. None: half of them.
