@@ -4,7 +4,7 @@
 
 COUNTS.json gets the highest value of each count, looked at ten times a second: `running` (requests
 in a step), `preemptions` and, under EchoKV, its counters. Warm-ups count too. The rest of the
-command is that of `vllm bench`.
+command is that of `vllm bench`; one that hides vLLM's metrics ends in an error, not in zeros.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ METRICS = {
 }
 
 
-def metric(name: str) -> float:
-    """A vLLM metric of this process, summed over its labels; 0 before the engine has started."""
+def metric(name: str) -> int | None:
+    """A vLLM metric of this process, summed over its labels; None where there is no such metric."""
     from prometheus_client import REGISTRY
 
-    return sum(
+    values = [
         sample.value
         for family in REGISTRY.collect()
         for sample in family.samples
         if sample.name == name
-    )
+    ]
+    return int(sum(values)) if values else None
 
 
 class Watch(threading.Thread):
@@ -49,8 +50,10 @@ class Watch(threading.Thread):
         from echokv_vllm.metrics import read_totals
 
         while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
-            now = {name: int(metric(of)) for name, of in METRICS.items()} | read_totals()
-            self.highest |= {name: max(v, self.highest.get(name, 0)) for name, v in now.items()}
+            metrics = {name: metric(of) for name, of in METRICS.items()}
+            shown = {name: value for name, value in metrics.items() if value is not None}
+            for name, value in (shown | read_totals()).items():
+                self.highest[name] = max(value, self.highest.get(name, 0))
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -67,6 +70,8 @@ def main() -> None:
     watch.start()
     vllm()
     watch.stop()
+    if missing := [of for name, of in METRICS.items() if name not in watch.highest]:
+        sys.exit(f"vLLM showed no metric {missing[0]}; leave out --disable-log-stats")
     path.write_text(json.dumps(watch.highest), encoding="utf-8")
 
 

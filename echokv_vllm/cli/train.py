@@ -50,8 +50,8 @@ def add_parser(subparsers: Any) -> None:
 
     def option(flag: str, text: str, **settings: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")]
-        if isinstance(default, bool) or settings.pop("either", False):
-            action = "store_true" if default is False else argparse.BooleanOptionalAction
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction if default else "store_true"
             settings.setdefault("action", action)
             settings.setdefault("default", default)
         else:
@@ -83,8 +83,9 @@ def _add_plan(option: _Option) -> None:
     option("--ratio", "auto: share of the cache's bytes that stays", type=float, absent="0.5")
     option(
         "--uniform",
-        "auto: every layer retains equally many heads, which decodes fastest (default: yes)",
-        either=True,
+        "auto: every layer retains equally many heads, which decodes fastest",
+        action=argparse.BooleanOptionalAction,
+        absent="yes",
     )
     option(
         "--neighbours",

@@ -16,13 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "benchmark_throughput.py"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_throughput", SCRIPT)
+def load(path: Path) -> ModuleType:
+    """A script of the benchmarks as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load(SCRIPT)
 
 
 def test_runs_differ_in_the_backend_alone(script: ModuleType) -> None:
@@ -55,6 +60,19 @@ def test_options_behind_the_dashes_are_the_benchmarks(
     with pytest.raises(SystemExit):
         script.parse_args([*own, "--modes", "auto,small"])
     assert "'small' is none of auto, full, compressed" in capsys.readouterr().err
+
+
+def test_counts_that_vllm_does_not_show_are_no_zeros(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = tmp_path / "counts.json"
+    counted_bench = load(script.COUNTED_BENCH)
+    monkeypatch.setattr("vllm.entrypoints.cli.main.main", lambda: None)
+    monkeypatch.setattr(counted_bench, "metric", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["counted_bench.py", str(counts), "throughput"])
+    with pytest.raises(SystemExit, match="num_requests_running; leave out --disable-log-stats"):
+        counted_bench.main()
+    assert sys.argv == ["vllm", "bench", "throughput"] and not counts.exists()
 
 
 @pytest.mark.nightly
