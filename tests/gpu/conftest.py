@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,11 @@ from tiny_models import write_checkpoint, write_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "gpu_engine.py"
 NUM_PROCESSES = 7
+# Far above what any takes: ranks that wait for each other would never end.
+JOB_SECONDS = 600
 MAX_TOKENS = 48
+# What vLLM says of kernels that requests had to wait for.
+COMPILED = re.compile(r"JIT compilation during inference: (\w+)")
 LENGTHS = (1, 2, 5, 17, 64, 100, 200, 333, 500, 47, 48, 49, 700, 900)
 
 
@@ -49,7 +54,8 @@ def run(
     """``run(name)`` is the answer of a job. All run at once, a few processes at a time.
 
     A job's plan names a preset, or one and the shards it divides into: ``local-0.5/2``; None is
-    stock vLLM.
+    stock vLLM. The answer is that of ``gpu_engine.py``, and ``compiled``: names of the kernels
+    that were compiled while it served.
     """
     folder = tmp_path_factory.mktemp("gpu")
     jobs = request.module.jobs()
@@ -73,12 +79,16 @@ def run(
         path = folder / f"{name}.json"
         job = defaults | jobs[name] | {"checkpoint": checkpoints.get(jobs[name]["plan"])}
         path.write_text(json.dumps(job))
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True
-        )
-        if done.returncode:
-            return done.stdout[-1500:] + done.stderr[-6000:]
+        log = path.with_suffix(".log")
+        command = [sys.executable, str(SCRIPT), str(path)]
+        try:
+            with log.open("w") as out:
+                subprocess.run(command, stdout=out, stderr=out, timeout=JOB_SECONDS, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            return f"{error}\n{log.read_text()[-8000:]}"
         answer: dict[str, Any] = json.loads(Path(f"{path}.out").read_text())
+        assert "Kernel JIT monitor activated" in log.read_text()
+        answer["compiled"] = sorted(set(COMPILED.findall(log.read_text())))
         return answer
 
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:

@@ -1,4 +1,4 @@
-"""Counts how many variants of the prompt-chunk kernels a server would compile, without a GPU.
+"""Counts how many variants of its warm-up's kernels a server would compile, without a GPU.
 
     python tests/support/kernel_variants.py
 
@@ -61,12 +61,24 @@ def chunk_step(num_tokens: int, table_width: int, shift: int) -> None:
     write_merged(output, merged, ints(rows, 0), ints(num_tokens, shift), ints(4, 0))
 
 
+def store_step(num_tokens: int, shift: int) -> None:
+    """A step's store; keys and values are parts of one projection, as a model has them."""
+    from echokv_kernels.gpu.store import store_pages
+
+    cache = torch.zeros(3, HEADS, PAGE, 2 * HEAD_DIM, dtype=BF16)
+    projected = torch.zeros(num_tokens, 4 * HEADS * HEAD_DIM, dtype=BF16)
+    key, value = projected.view(num_tokens, 2, 2 * HEADS, HEAD_DIM).unbind(1)
+    slots = torch.zeros(num_tokens + shift, dtype=torch.int64)[shift:]
+    store_pages(key, value, cache, cache, slots, slots, ints(2 * HEADS, 0))
+
+
 def main() -> None:
     driver.set_active(NoDriver())
     compiled: dict[str, set[str]] = {}
     compile_instead_of_launching({}, compiled)
     for num_tokens, table_width, shift in ((16, 32, 0), (17, 33, 1), (300, 7, 3), (129, 1, 2)):
         chunk_step(num_tokens, table_width, shift)
+        store_step(num_tokens, shift)
     print(json.dumps({name: len(variants) for name, variants in compiled.items()}))
 
 

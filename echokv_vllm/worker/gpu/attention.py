@@ -17,7 +17,7 @@ import torch
 from echokv_kernels.gpu.decode import attend_context, attend_exact, combine
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
-from echokv_kernels.gpu.store import place_heads, store_pages
+from echokv_kernels.gpu.store import VARIANT_LENS, place_heads, store_pages
 from echokv_kernels.step_plan import StepKind
 from echokv_vllm.worker.gpu.flash import flash_prefill, keys_and_values
 from echokv_vllm.worker.gpu.memory import GpuMemory
@@ -80,6 +80,28 @@ class GpuAttention:
     def bind(self) -> None:
         """Looks up where the pages lie; again whenever vLLM binds another cache."""
         self.echoed = [group.echoed(self.rank_layer.discarded, self.group) for group in self.groups]
+
+    def warm_up(self, max_model_len: int) -> None:
+        """Compiles what prompt chunks need and capturing graphs does not run.
+
+        Otherwise the first requests of a server would wait for it. Nothing is written: all tokens
+        are padding.
+
+        Args:
+            max_model_len: Tokens of a request at most.
+        """
+        impl = self.layer.impl
+        for num_tokens in VARIANT_LENS:
+            fresh = torch.zeros(
+                num_tokens, impl.num_kv_heads, self.head_dim,
+                dtype=self.memory.workspace.dtype, device=impl.device,
+            )  # fmt: skip
+            padding = torch.full((num_tokens,), -1, dtype=torch.int64, device=impl.device)
+            residual = impl.residual_layer.kv_cache if self.rank_layer.discarded else None
+            slots = padding if residual is not None else None
+            self.store(fresh, fresh, self.layer.kv_cache, padding, residual, slots)
+        if self.echoed:
+            self.rounds.warm_up(self.echoed, max_model_len)
 
     def has_paired_pages(self) -> bool:
         """Whether the D page of a block lies where its R page would."""

@@ -60,10 +60,9 @@ class RoundAttention:
         ]
 
     def warm_up(self, echoed: list[EchoedHeads], max_model_len: int) -> None:
-        """Compiles the kernels of compressed prompt chunks, which capturing graphs does not run.
+        """Compiles the kernels of compressed prompt chunks (``GpuAttention.warm_up``).
 
-        Otherwise the first chunk a server is given would wait for them. Nothing is written: the
-        only tile is unused and all tokens are padding.
+        Nothing is written: the only tile is unused and all tokens are padding.
 
         Args:
             echoed: The layer's echo groups, bound to a cache.

@@ -167,9 +167,12 @@ class GpuWorker:
         if not self._is_warm:
             self._is_warm = True
             kinds = {
-                (len(layer.rank_layer.discarded), tuple(h.maps.width for h in layer.echoed)): layer
+                (
+                    len(layer.rank_layer.retained),
+                    len(layer.rank_layer.discarded),
+                    tuple(heads.maps.width for heads in layer.echoed),
+                ): layer
                 for layer in self.layers
-                if layer.echoed
             }
             for layer in kinds.values():
-                layer.rounds.warm_up(layer.echoed, self.steps.max_model_len)
+                layer.warm_up(self.steps.max_model_len)

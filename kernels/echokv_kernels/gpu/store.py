@@ -34,6 +34,7 @@ class StoreTile:
 DECODE_TILE = StoreTile(num_elements=512, num_warps=1)
 PREFILL_TILE = StoreTile(num_elements=4096, num_warps=4)
 MAX_DECODE_LEN = 256  # tokens; longer steps take the prefill tile
+VARIANT_LENS = (1, MAX_DECODE_LEN + 1)  # tokens of steps that together need every compiled variant
 
 
 def place_heads(
@@ -107,7 +108,11 @@ def _write_head(
         tl.store(at + HEAD_DIM, value.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# vLLM keeps the slots of every group in a row of one table; rows need not be aligned.
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["retained_slots_ptr", "residual_slots_ptr"],
+)
 def _store_kernel(
     key_ptr,  # [T, H, HEAD_DIM] any float
     value_ptr,  # [T, H, HEAD_DIM] any float
