@@ -213,8 +213,8 @@ def patch_cpu_platform() -> None:
 
 
 def patch_scheduler() -> None:
-    """Symptom: KV cache managers cannot know a request's mode. Cause: vLLM hands them request ids
-    only. Remove when they see the request."""
+    """Symptom: KV cache managers cannot know a request's mode and how long it may become. Cause:
+    vLLM hands them request ids only. Remove when they see the request."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if is_patched(Scheduler, "add_request"):
@@ -228,8 +228,7 @@ def patch_scheduler() -> None:
         link = find_link(self.kv_cache_manager.block_pool)
         if link is not None:
             mode = requested_mode(request.sampling_params)
-            if mode is not None:
-                link.request_mode(request, mode)
+            link.add_request(request, mode, self.max_model_len)
             if not link.strict and (mode or link.default_mode) == "full":
                 # Shared blocks may be inexact, and a full-mode answer must not be.
                 request.skip_reading_prefix_cache = True

@@ -57,6 +57,9 @@ class EchoConfig:
         strict_prefix_caching: True: only K/V computed from exact K/V are shared. False:
             every block is shared, and requests pinned to ``full`` do not read the
             prefix cache. None: True, except under ``mode: "compressed"``.
+        look_ahead: A request waits while those that run are expected to need the pages it
+            would take. False: vLLM's rule, a request starts as soon as its prompt fits.
+            None: True, except under ``mode: "full"``.
         step_kinds: Steps that are wholly full or wholly compressed leave out what they do
             not need, with CUDA graphs of their own. False: every step runs everything, with
             a third of the graphs.
@@ -70,6 +73,7 @@ class EchoConfig:
     restore_below: float = 0.7
     restore_steps: int = 64
     strict_prefix_caching: bool | None = None
+    look_ahead: bool | None = None
     step_kinds: bool = True
 
     def __post_init__(self) -> None:
@@ -99,8 +103,9 @@ class EchoConfig:
             raise EchoConfigError(
                 f"echokv.restore_steps is {self.restore_steps}; it must be 1 or more."
             )
-        if self.strict_prefix_caching is not None:
-            _check_type("strict_prefix_caching", self.strict_prefix_caching, bool)
+        for name in ("strict_prefix_caching", "look_ahead"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), bool)
         _check_type("step_kinds", self.step_kinds, bool)
 
     @property
@@ -109,6 +114,11 @@ class EchoConfig:
         if self.strict_prefix_caching is not None:
             return self.strict_prefix_caching
         return self.mode != "compressed"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether admission waits for what running requests are expected to need."""
+        return self.mode != "full" if self.look_ahead is None else self.look_ahead
 
     @classmethod
     def parse(cls, additional_config: Any) -> EchoConfig:
@@ -162,6 +172,7 @@ class SchedulerSettings:
         restore_below: See :class:`EchoConfig`.
         restore_steps: See :class:`EchoConfig`.
         strict: Whether inexact K/V stay out of the prefix cache.
+        look_ahead: Whether admission waits for what running requests are expected to need.
         watermark: vLLM's own ``--watermark``: the share of blocks it keeps free when it
             admits a request. Managers cannot see it, and freeing less would stall.
         retained_block_size: Tokens per R page.
@@ -176,6 +187,7 @@ class SchedulerSettings:
     restore_below: float
     restore_steps: int
     strict: bool
+    look_ahead: bool
     watermark: float
     retained_block_size: int
     residual_block_size: int

@@ -13,6 +13,7 @@ from echokv_vllm.metrics import FIELDS, read_totals
 _HELP = {
     "admitted_full": "Requests that started with the full cache.",
     "admitted_compressed": "Requests that started compressed.",
+    "held_back": "Requests that waited for what the running ones are expected to need.",
     "demoted": "auto requests that gave up residuals after a full start.",
     "restored": "Times a compressed auto request went back to keeping residuals.",
     "pages_dropped": "Residual pages taken from running requests under memory pressure.",

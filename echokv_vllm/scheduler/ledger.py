@@ -24,6 +24,8 @@ class RequestLedger:
             token is exact. Never grows, never cleared while the request holds pages.
         next_drop: Index of the first D page that pressure may take. Page 0, the sink
             page, is never taken.
+        num_adopted: Leading tokens found in the prefix cache at admission.
+        held_back: Whether it was counted as held back.
         admitted: Whether the request was counted as started.
         demoted: Whether it was counted as demoted.
     """
@@ -34,6 +36,8 @@ class RequestLedger:
     num_committed: int = 0
     taint: int | None = None
     next_drop: int = 1
+    num_adopted: int = 0
+    held_back: bool = False
     admitted: bool = False
     demoted: bool = False
 
@@ -49,6 +53,8 @@ class Counters:
     Attributes:
         admitted_full: Requests that started in full mode.
         admitted_compressed: Requests that started in compressed mode.
+        held_back: Requests that waited because the running ones were expected to need the
+            pages.
         demoted: ``auto`` requests that lost their first residual page or stopped keeping
             residuals after a full start.
         restored: Times a compressed ``auto`` request went back to keeping residuals.
@@ -61,6 +67,7 @@ class Counters:
 
     admitted_full: int = 0
     admitted_compressed: int = 0
+    held_back: int = 0
     demoted: int = 0
     restored: int = 0
     pages_dropped: int = 0

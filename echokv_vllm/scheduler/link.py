@@ -25,6 +25,7 @@ class PoolLink:
         residual: The D manager, set by itself.
         requested_modes: Mode named by a request, by internal request id. Entries outlive
             preemption and vanish with the request object.
+        max_model_len: vLLM's, in tokens; 0 before the first request.
         retained_need: (request id, R pages it needs) of the allocation under way. vLLM
             asks the groups one after the other; D must see the sum.
         retained_hits: Block ids of the R pages that allocation would adopt from the
@@ -37,16 +38,23 @@ class PoolLink:
         self.retained: EchoRetainedManager | None = None
         self.residual: EchoResidualManager | None = None
         self.requested_modes: dict[str, str] = {}
+        self.max_model_len = 0
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self.retained_need: tuple[str, int] = ("", 0)
         self.retained_hits: frozenset[int] = frozenset()
         self.partner: dict[int, int] = {}
 
-    def request_mode(self, request: Any, mode: str) -> None:
-        """Remembers the mode a request asked for, for as long as the request lives."""
-        self.requested_modes[request.request_id] = mode
+    def add_request(self, request: Any, mode: str | None, max_model_len: int) -> None:
+        """Remembers a request and the mode it names, if any, for as long as it lives."""
+        self.max_model_len = max_model_len
         self._requests[request.request_id] = request
-        weakref.finalize(request, self._forget, request.request_id)
+        if mode is not None:
+            self.requested_modes[request.request_id] = mode
+            weakref.finalize(request, self._forget, request.request_id)
+
+    def find_request(self, request_id: str) -> Any | None:
+        """vLLM's request object of an id; managers are given the id only."""
+        return self._requests.get(request_id)
 
     def _forget(self, request_id: str) -> None:
         # A later request may have taken over the id.

@@ -20,6 +20,7 @@ from echokv_vllm.scheduler import policy
 from echokv_vllm.scheduler.ledger import AUTO, COMPRESSED, FULL, Counters, RequestLedger
 from echokv_vllm.scheduler.link import link_of
 from echokv_vllm.scheduler.lookup import residual_hits
+from echokv_vllm.scheduler.outlook import Outlook
 from echokv_vllm.scheduler.pressure import PressureValve
 
 logger = init_logger("vllm.echokv")
@@ -47,6 +48,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         self.num_held_pages = 0
         self.counters = Counters()
         self.valve = PressureValve(self)
+        self.outlook = Outlook(self)
         self.metrics = MetricsWriter()
         self.watermark_pages = int(self.settings.watermark * block_pool.num_gpu_blocks)
         self._log_capacity()
@@ -133,6 +135,8 @@ class EchoResidualManager(SingleTypeKVCacheManager):
             return retained_need + need() + reserve - int(self.block_pool.get_num_free_blocks())
 
         if not running and (apply_admission_cap or ledger.undecided):
+            if self._holds_back(request_id, ledger, num_tokens, need):
+                return self.num_usable_blocks + 1  # vLLM finds that it does not fit
             self._admit(request_id, ledger, need)
         protected = self.link.retained_hits | {block.block_id for block in hits[0]}
         if shortfall() > 0 and not self.valve.relieve(shortfall(), protected):
@@ -147,6 +151,21 @@ class EchoResidualManager(SingleTypeKVCacheManager):
 
     def _covers(self, request_id: str, num_tokens: int) -> bool:
         return num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size
+
+    def _holds_back(
+        self, request_id: str, ledger: RequestLedger, num_tokens: int, need: Any
+    ) -> bool:
+        if not self.settings.look_ahead:
+            return False
+        ledger.mode = FULL if ledger.requested == FULL else COMPRESSED
+        num_pages = self.link.retained_need[1] + need()
+        if self.outlook.admits(request_id, num_tokens, num_pages):
+            return False
+        if not ledger.held_back:
+            ledger.held_back = True
+            self.counters.held_back += 1
+        ledger.undecided = True
+        return True
 
     def _admit(self, request_id: str, ledger: RequestLedger, need: Any) -> None:
         ledger.undecided = False
@@ -225,6 +244,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         row.extend(adopted)
         self.num_held_pages += sum(not block.is_null for block in adopted)
         self.num_cached_block[request_id] = len(row)
+        ledger.num_adopted = num_local_computed_tokens
         if any(block.is_null for block in row):
             ledger.taint_from(num_local_computed_tokens)
 
@@ -296,6 +316,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forgets a finished, aborted or preempted request."""
+        self.outlook.note_end(request_id)
         self.ledgers.pop(request_id, None)
         blocks = list(super().pop_blocks_for_free(request_id))
         self.num_held_pages -= sum(not block.is_null for block in blocks)

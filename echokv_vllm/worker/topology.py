@@ -333,6 +333,7 @@ def _scheduler_settings(
         restore_below=float(config.restore_below),
         restore_steps=config.restore_steps,
         strict=config.strict,
+        look_ahead=config.looks_ahead,
         watermark=float(getattr(vllm_config.scheduler_config, "watermark", 0.0)),
         retained_block_size=sizes.retained,
         residual_block_size=sizes.residual,

@@ -107,7 +107,7 @@ def test_pressure_takes_the_oldest_pages_of_the_largest_holder() -> None:
 
 
 def test_no_more_is_dropped_than_needed_plus_one_page_per_request() -> None:
-    world = World(81, settings(), budget=300)
+    world = World(81, settings(look_ahead=False), budget=300)
     requests = [world.add(f"a{i}", prompt(39, i), max_tokens=40) for i in range(4)]
     world.step()
     assert world.pool.get_num_free_blocks() == 0
@@ -189,7 +189,7 @@ def test_tokens_in_flight_are_never_dropped() -> None:
 
 
 def test_a_preempted_request_starts_anew() -> None:
-    world = World(41, settings(recent_tokens=4), budget=200)
+    world = World(41, settings(recent_tokens=4, look_ahead=False), budget=200)
     pinned = world.add("p", prompt(40, 1), "full", max_tokens=30)
     auto = world.add("a", prompt(30, 2), max_tokens=30)
     world.run()
@@ -273,7 +273,7 @@ def test_the_mode_is_chosen_again_when_admission_failed() -> None:
 
 
 def test_residuals_come_back_after_calm_and_only_for_new_tokens() -> None:
-    echo = settings(recent_tokens=4, restore_below=0.6, restore_steps=5)
+    echo = settings(recent_tokens=4, restore_below=0.6, restore_steps=5, look_ahead=False)
     world = World(61, echo, budget=300)
     hog = world.add("hog", prompt(78, 2), "full", max_tokens=60)
     request = world.add("a", prompt(60, 1), max_tokens=60)

@@ -21,6 +21,7 @@ def random_world(source: random.Random) -> World:
         restore_below=source.choice([0.5, 0.9]),
         admit_full_below=source.choice([0.9, 1.0]),
         watermark=source.choice([0, 0.05]),
+        look_ahead=source.random() < 0.5,
     )
     largest = 400 // min(retained, residual)
     return World(

@@ -17,8 +17,8 @@ def settings(**changes: Any) -> SchedulerSettings:
     """Settings of a pool with pages of 4 tokens, small enough to reason about."""
     values: dict[str, Any] = dict(
         mode="auto", recent_tokens=8, admit_full_below=1.0, restore_below=0.5, restore_steps=4,
-        strict=True, watermark=0.0, retained_block_size=4, residual_block_size=4, plan="local-0.5",
-        ratio=0.5,
+        strict=True, look_ahead=True, watermark=0.0, retained_block_size=4, residual_block_size=4,
+        plan="local-0.5", ratio=0.5,
     )  # fmt: skip
     return SchedulerSettings(**{**values, **changes})
 

@@ -64,6 +64,7 @@ class World:
         self.r_size, self.d_size = self.sizes
         self.caching, self.depth, self.budget = caching, depth, budget
         self.max_running, self.gate = max_running, gate
+        self.max_model_len = max_model_len
         self.hasher = get_request_block_hasher(math.gcd(*self.sizes), sha256) if caching else None
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
@@ -104,8 +105,7 @@ class World:
         """Queues a request, as the patched ``Scheduler.add_request`` does."""
         params = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id, prompt, params, None, block_hasher=self.hasher)
-        if mode is not None:
-            self.link.request_mode(request, mode)
+        self.link.add_request(request, mode, self.max_model_len)
         if not self.link.strict and (mode or self.echo.mode) == "full":
             request.skip_reading_prefix_cache = True
         self._name_tokens(request)
@@ -137,8 +137,10 @@ class World:
             self.waiting.remove(request)
         self._free(request)
 
-    def _free(self, request: Request) -> None:
-        request.status = RequestStatus.FINISHED_ABORTED
+    def _free(
+        self, request: Request, status: RequestStatus = RequestStatus.FINISHED_ABORTED
+    ) -> None:
+        request.status = status
         self.manager.free(request)
         self.rows.pop(request.request_id, None)
 
@@ -271,7 +273,7 @@ class World:
         if request.num_output_tokens + 1 >= request.max_tokens:
             self.running.remove(request)
             self.finished.append(request)
-            self._free(request)
+            self._free(request, RequestStatus.FINISHED_LENGTH_CAPPED)
             return
         names = self.names[request.request_id]
         request.append_output_token_ids(_next_token(names[: request.num_tokens]))

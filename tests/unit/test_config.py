@@ -23,7 +23,7 @@ def test_every_option_is_taken_over():
     section = dict(
         checkpoint="owner/name", revision="v1", mode="compressed", recent_tokens=0,
         admit_full_below=1, restore_below=0.0, restore_steps=1, strict_prefix_caching=True,
-        step_kinds=False,
+        look_ahead=False, step_kinds=False,
     )  # fmt: skip
     assert set(section) == {field.name for field in dataclasses.fields(EchoConfig)}
     assert dataclasses.asdict(EchoConfig.parse({"echokv": section, "other": 1})) == section
@@ -51,7 +51,7 @@ def test_the_three_modes_pass(mode):
 def settings(**changes):
     values = dict(
         mode="auto", recent_tokens=128, admit_full_below=0.9, restore_below=0.7, restore_steps=64,
-        strict=True, watermark=0.0, retained_block_size=16, residual_block_size=16,
+        strict=True, look_ahead=True, watermark=0.0, retained_block_size=16, residual_block_size=16,
         plan="local-0.5", ratio=0.5,
     )  # fmt: skip
     return SchedulerSettings(**{**values, **changes})

@@ -35,6 +35,12 @@ def test_written_numbers_are_read_under_their_names(folder):
     assert {name: value for name, value in totals.items() if value} == expected
 
 
+def test_every_number_has_a_text_for_the_metrics_page():
+    from echokv_vllm import stat_logger
+
+    assert tuple(stat_logger._HELP) == metrics.FIELDS
+
+
 def test_a_later_write_replaces_the_numbers(folder):
     writer = metrics.MetricsWriter()
     writer.write(counters(demoted=5), 10, 9)

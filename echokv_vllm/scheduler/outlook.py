@@ -1,0 +1,177 @@
+"""What running requests will still need, so that admission does not lead to preemption.
+
+vLLM admits a request as soon as its prompt fits, and preempts another when outputs have filled
+what was left: that stream stalls until its whole context has been computed again. Here a newcomer
+waits instead, as long as the running requests are expected to need the pages. The pages in use are
+foretold for every moment at which one of them ends, output lengths by those of finished requests
+(Past-Future scheduler, arXiv 2507.10150). The forecast counts every request in its smallest
+form: pages that pressure may drop are free.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.v1.request import RequestStatus
+
+from echokv_vllm.scheduler.ledger import AUTO, FULL, RequestLedger
+
+if TYPE_CHECKING:
+    from echokv_vllm.scheduler.residual import EchoResidualManager
+
+NUM_REMEMBERED = 256  # finished requests; traffic changes
+MIN_REMEMBERED = 8  # before them, what finishes first is not typical: it is short
+# Of a compressed request: its window holds on to the page it is leaving while a step is under way.
+LEAVING_PAGES = 1
+MAX_MOMENTS = 256  # that a forecast looks at; more cost time
+
+
+class OutputLengths:
+    """Output lengths of the last finished requests, in tokens."""
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._sums: list[int] = [0]  # of the first i sorted lengths
+
+    def add(self, length: int) -> None:
+        """Notes the output of a request that ended by itself."""
+        if len(self._recent) == NUM_REMEMBERED:
+            self._sorted.remove(self._recent.popleft())
+        self._recent.append(length)
+        insort(self._sorted, length)
+        self._sums = [0, *accumulate(self._sorted)]
+
+    def expected_rest(self, num_generated: int) -> float | None:
+        """Mean tokens to come of a request that has generated some; None where nobody knows."""
+        first = bisect_right(self._sorted, num_generated)
+        num_longer = len(self._sorted) - first
+        if len(self._sorted) < MIN_REMEMBERED or not num_longer:
+            return None
+        return (self._sums[-1] - self._sums[first]) / num_longer - num_generated
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Future pages of one request in one group, or of a newcomer in both.
+
+    Attributes:
+        rest: Tokens until it ends.
+        num_tokens: Tokens it has.
+        page_size: Tokens per page.
+        lacking: Pages it needs for the tokens it has, beyond those in use.
+        own: Pages that become free, of those in use now, when it ends.
+    """
+
+    rest: int
+    num_tokens: int
+    page_size: int
+    lacking: int
+    own: int
+
+
+def peak_growth(growths: Sequence[Growth]) -> int:
+    """Most pages that will be in use beyond those in use now, if all generate in step.
+
+    Between two ends pages only become more, so the moments at which somebody ends are enough; of
+    more than ``MAX_MOMENTS``, evenly spread ones.
+    """
+    table = np.array([astuple(growth) for growth in growths], dtype=np.int64)
+    rest, num_tokens, page_size, lacking, own = table.T
+    moments = np.unique(rest)
+    moments = moments[:: -(-len(moments) // MAX_MOMENTS)]
+    alive = rest >= moments[:, None]
+    pages = -(-(num_tokens + moments[:, None]) // page_size) + (
+        lacking - -(-num_tokens // page_size)
+    )
+    return max(0, int(np.where(alive, pages, -own).sum(axis=1).max()))
+
+
+class Outlook:
+    """Foresees the pool for a D manager.
+
+    Args:
+        manager: The D manager.
+    """
+
+    def __init__(self, manager: EchoResidualManager) -> None:
+        self.manager = manager
+        self.lengths = OutputLengths()
+
+    def admits(self, request_id: str, num_tokens: int, num_pages: int) -> bool:
+        """Whether a newcomer and all that runs are expected to fit until they end.
+
+        A request that is alone is always admitted.
+
+        Args:
+            request_id: The newcomer.
+            num_tokens: Tokens vLLM asks room for: all it has, or a first chunk of them.
+            num_pages: Pages these take from the pool, in its smallest form.
+        """
+        manager = self.manager
+        newcomer = manager.link.find_request(request_id)
+        if newcomer is None or not manager.num_cached_block:
+            return True
+        ledger = manager.ledgers[request_id]
+        size = manager.settings.retained_block_size
+        lacking = num_pages + _num_pages(newcomer.num_tokens, size) - _num_pages(num_tokens, size)
+        rest = self._rest(newcomer)
+        growths = [Growth(rest, newcomer.num_tokens, size, lacking + LEAVING_PAGES, 0)]
+        if ledger.requested == FULL:
+            growths.append(Growth(rest, newcomer.num_tokens, manager.block_size, 0, 0))
+        num_droppable = 0
+        for running_id in manager.num_cached_block:
+            ledger = manager.ledgers[running_id]
+            if ledger.requested == AUTO:
+                num_droppable += manager.valve.num_droppable(running_id, ledger)
+            request = manager.link.find_request(running_id)
+            if request is not None:
+                growths += self._growths(request, ledger)
+        num_free = int(manager.block_pool.get_num_free_blocks()) + num_droppable
+        return peak_growth(growths) <= num_free
+
+    def note_end(self, request_id: str) -> None:
+        """Remembers the output of a request that leaves, unless it was cut off."""
+        request = self.manager.link.find_request(request_id)
+        if request is not None and request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        ):
+            self.lengths.add(request.num_output_tokens)
+
+    def _rest(self, request: Any) -> int:
+        num_generated = request.num_output_tokens
+        bound = request.max_tokens - num_generated
+        # Where the client names no bound, vLLM's is what the model's context leaves.
+        room = self.manager.link.max_model_len - request.num_tokens
+        expected = self.lengths.expected_rest(num_generated)
+        if expected is None:
+            expected = bound if bound < room else num_generated
+        return max(0, math.ceil(min(expected, bound, room)))
+
+    def _growths(self, request: Any, ledger: RequestLedger) -> list[Growth]:
+        manager = self.manager
+        retained = manager.link.retained
+        assert retained is not None
+        groups: list[Any] = [retained, manager] if ledger.requested == FULL else [retained]
+        rest, growths = self._rest(request), []
+        for group in groups:
+            size, num_held = group.block_size, len(group.req_to_blocks[request.request_id])
+            lacking = _num_pages(request.num_tokens, size) - num_held
+            own = num_held - ledger.num_adopted // size
+            if ledger.requested != FULL:
+                lacking += LEAVING_PAGES
+                own += manager.valve.num_kept(request.request_id, ledger)
+            growths.append(Growth(rest, request.num_tokens, size, lacking, own))
+        return growths
+
+
+def _num_pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)

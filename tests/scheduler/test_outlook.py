@@ -1,0 +1,206 @@
+"""Admission that looks ahead: forecasts in pure Python, and what they do to worlds of requests."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+from echo_pool import settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from paged_world import World, prompt
+
+from echokv_vllm.scheduler.outlook import (
+    MAX_MOMENTS,
+    MIN_REMEMBERED,
+    NUM_REMEMBERED,
+    Growth,
+    OutputLengths,
+    peak_growth,
+)
+
+# The machine may be busy, and a failure must come back.
+repeatable = hypothesis_settings(deadline=None, derandomize=True)
+growths = st.builds(
+    Growth, st.integers(0, 40), st.integers(1, 50), st.sampled_from([2, 4, 16]), st.integers(0, 9),
+    st.integers(0, 30),
+)  # fmt: skip
+UNNAMED = 4066  # what World's context of 4096 tokens leaves a prompt of 30
+
+# Forecasts ----------------------------------------------------------------------------------
+
+
+def pages_at(request: Growth, now: int) -> int:
+    """Pages beyond those in use now, of a request that is still alive."""
+    return (
+        request.lacking
+        + math.ceil((request.num_tokens + now) / request.page_size)
+        - math.ceil(request.num_tokens / request.page_size)
+    )
+
+
+@repeatable
+@given(st.lists(growths, min_size=1, max_size=8))
+def test_the_peak_is_that_of_every_moment(requests: list[Growth]) -> None:
+    peak = 0
+    for now in range(max(r.rest for r in requests) + 1):
+        alive = sum(pages_at(r, now) for r in requests if r.rest >= now)
+        peak = max(peak, alive - sum(r.own for r in requests if r.rest < now))
+    assert peak_growth(requests) == peak
+
+
+def test_requests_that_end_make_room_for_those_that_go_on() -> None:
+    together = [Growth(40, 4, 4, 0, 10), Growth(40, 4, 4, 0, 10)]
+    assert peak_growth(together) == 20
+    in_turn = [Growth(20, 4, 4, 0, 10), Growth(40, 4, 4, 0, 10)]
+    assert peak_growth(in_turn) == 10
+
+
+def test_many_ends_are_looked_at_here_and_there() -> None:
+    requests = [Growth(rest, 1, 1, 0, 0) for rest in range(5 * MAX_MOMENTS)]
+    exact = max(rest * (len(requests) - rest) for rest in range(len(requests)))
+    assert 0.99 * exact < peak_growth(requests) <= exact
+
+
+@repeatable
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(0, 50))
+def test_the_rest_is_the_mean_over_longer_outputs(finished: list[int], generated: int) -> None:
+    lengths = OutputLengths()
+    for length in finished:
+        lengths.add(length)
+    longer = [length for length in finished if length > generated]
+    expected = lengths.expected_rest(generated)
+    if len(finished) < MIN_REMEMBERED or not longer:
+        assert expected is None
+    else:
+        assert expected == pytest.approx(sum(longer) / len(longer) - generated)
+
+
+def test_old_outputs_are_forgotten() -> None:
+    lengths = OutputLengths()
+    for length in [1000] * NUM_REMEMBERED + [10] * NUM_REMEMBERED:
+        lengths.add(length)
+    assert lengths.expected_rest(0) == 10
+    assert lengths.expected_rest(10) is None
+
+
+# Admission ----------------------------------------------------------------------------------
+
+
+def burst(look_ahead: bool, mode: str = "auto", max_tokens: int = 60, **options: Any) -> World:
+    """Ten requests at once: their prompts fit, their outputs do not."""
+    echo = settings(mode=mode, recent_tokens=0, look_ahead=look_ahead)
+    world = World(101, echo, budget=500, caching=False, **options)
+    for index in range(10):
+        world.add(f"q{index}", prompt(30, index), max_tokens=max_tokens)
+    return world
+
+
+@pytest.mark.parametrize("mode", ["auto", "compressed"])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_burst_is_served_without_preemption(mode: str, gate: bool, depth: int) -> None:
+    world = burst(True, mode, gate=gate, depth=depth)
+    world.run()
+    assert len(world.finished) == 10 and not world.num_preemptions
+    assert world.residual.counters.held_back > 0
+    world.check_idle()
+    as_vllm = burst(False, mode, gate=gate, depth=depth)
+    as_vllm.run()
+    assert as_vllm.num_preemptions > 0 and not as_vllm.residual.counters.held_back
+
+
+def test_as_many_run_as_will_fit() -> None:
+    world = burst(True)
+    world.step()
+    # 89 tokens: 23 R pages, the sink page and at most two of the window. A request more would not
+    # fit, so 100 pages hold three whole ones; those that run are that many.
+    assert len(world.running) == 3
+    assert world.residual.counters.held_back == 1, "the first in the queue is asked, and no other"
+    world.run()
+
+
+def test_outputs_without_a_bound_count_once_their_lengths_are_known() -> None:
+    world = burst(True, max_tokens=UNNAMED)
+    world.step()
+    world.step()
+    assert len(world.running) == 9, "without the next page of ten"
+    for request in list(world.running):
+        world.abort(request)
+    for _ in range(MIN_REMEMBERED):
+        world.residual.outlook.lengths.add(60)
+    world.step()
+    world.step()
+    assert len(world.running) == 1, "the one that was left waiting"
+    for index in range(10):
+        world.add(f"later{index}", prompt(30, index), max_tokens=UNNAMED)
+    world.step()
+    assert len(world.running) == 3
+
+
+def test_outputs_that_were_cut_off_are_not_remembered() -> None:
+    world = World(101, settings(), budget=200)
+    for index in range(MIN_REMEMBERED + 1):
+        request = world.add(f"q{index}", prompt(10, index), max_tokens=5)
+        if index == 0:
+            world.step()
+            world.abort(request)
+    world.run()
+    lengths = world.residual.outlook.lengths
+    assert lengths.expected_rest(0) == 4  # World ends a request instead of its last token
+    assert len(lengths._recent) == MIN_REMEMBERED
+
+
+def test_a_request_that_is_alone_starts_whatever_it_may_become() -> None:
+    world = World(31, settings(), budget=200)
+    world.add("a", prompt(60), max_tokens=2000)
+    world.step()
+    assert len(world.running) == 1
+
+
+def test_a_pinned_request_is_counted_with_all_its_pages() -> None:
+    running = {}
+    for mode in ("full", "compressed"):
+        world = World(101, settings(recent_tokens=0), budget=500, caching=False)
+        for index in range(10):
+            world.add(f"q{index}", prompt(30, index), mode, max_tokens=60)
+        world.step()
+        running[mode] = len(world.running)
+        world.run()
+        assert not world.num_preemptions
+    assert running == {"full": 2, "compressed": 3}
+
+
+def test_pages_found_in_the_prefix_cache_are_not_expected_back() -> None:
+    world = World(101, settings(recent_tokens=0), budget=500)
+    shared = prompt(40)
+    world.add("first", shared, max_tokens=2)
+    world.run()
+    world.add("a", [*shared, 1, 2, 3, 4], max_tokens=30)
+    world.step()
+    manager, request = world.residual, world.running[0]
+    ledger = manager.ledgers["a"]
+    assert ledger.num_adopted == 40
+    (growth,) = manager.outlook._growths(request, ledger)
+    assert growth.own == 1 + manager.valve.num_kept("a", ledger)
+
+
+def test_random_traffic_is_preempted_less_and_ends_as_well() -> None:
+    preemptions = {}
+    for look_ahead in (False, True):
+        source = random.Random(7)
+        echo = settings(recent_tokens=0, look_ahead=look_ahead)
+        world = World(161, echo, budget=64, depth=1)
+        for index in range(150):
+            world.add(
+                f"q{index}", prompt(source.randint(5, 60), index),
+                max_tokens=source.choice([5, 20, 80]),
+            )  # fmt: skip
+        world.run()
+        assert len(world.finished) == 150
+        preemptions[look_ahead] = world.num_preemptions
+        world.check_idle()
+    assert preemptions[True] <= preemptions[False] // 4, preemptions
