@@ -1,0 +1,105 @@
+"""Kinds of traffic for `replay.py`: when requests arrive, their prompts and their outputs."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request.
+
+    Attributes:
+        time: Seconds.
+        prompt_len: Tokens.
+        output_len: Tokens it will generate.
+        max_tokens: What the client names; None where it names nothing.
+    """
+
+    time: float
+    prompt_len: int
+    output_len: int
+    max_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests and the server they meet.
+
+    Attributes:
+        arrivals: In order of time.
+        kv_cache_bytes: The KV cache.
+        max_model_len: Tokens.
+        max_num_seqs: Requests that may run at once.
+    """
+
+    arrivals: list[Arrival]
+    kv_cache_bytes: int
+    max_model_len: int
+    max_num_seqs: int = 128
+
+
+def _lognormal(source: random.Random, mean: float, sigma: float, most: int) -> int:
+    drawn = source.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)
+    return max(1, min(most, int(drawn)))
+
+
+def _burst() -> Traffic:
+    """64 prompts of 8,000 tokens at once, 1,000 tokens each, as the client names."""
+    return Traffic([Arrival(0.0, 8000, 1000, 1000) for _ in range(64)], 27 * GIB, 9216, 64)
+
+
+def _chat(max_tokens: int | None) -> Traffic:
+    source = random.Random(3)
+    arrivals, now = [], 0.0
+    for _ in range(500):
+        now += source.expovariate(14)
+        output = _lognormal(source, 400, 0.9, 3000)
+        arrivals.append(Arrival(now, source.randint(200, 3000), output, max_tokens))
+    return Traffic(arrivals, 6 * GIB, 8192)
+
+
+def _long_prompts() -> Traffic:
+    """Documents of 4k to 12k tokens, short outputs, 3 a second."""
+    source = random.Random(3)
+    arrivals, now = [], 0.0
+    for _ in range(200):
+        now += source.expovariate(3)
+        output = _lognormal(source, 200, 0.6, 1000)
+        arrivals.append(Arrival(now, source.randint(4000, 12000), output, 1024))
+    return Traffic(arrivals, 20 * GIB, 16384)
+
+
+def _long_outputs() -> Traffic:
+    """300 prompts of about 1,000 tokens at once, 4,000 to 6,000 tokens each, as named."""
+    source = random.Random(3)
+    arrivals = []
+    for _ in range(300):
+        output = source.randint(4000, 6000)
+        arrivals.append(Arrival(0.0, source.randint(800, 1200), output, output))
+    return Traffic(arrivals, 20 * GIB, 8192)
+
+
+def _reasoning() -> Traffic:
+    """200 short prompts at once, outputs of any length up to 14,000 tokens, no bound named."""
+    source = random.Random(3)
+    arrivals = [
+        Arrival(0.0, source.randint(100, 800), _lognormal(source, 3000, 0.8, 14000), None)
+        for _ in range(200)
+    ]
+    return Traffic(arrivals, 16 * GIB, 16384)
+
+
+TRAFFIC: dict[str, Callable[[], Traffic]] = {
+    "burst": _burst,
+    "chat": lambda: _chat(None),
+    "chat-4096": lambda: _chat(4096),
+    "long-prompts": _long_prompts,
+    "long-outputs": _long_outputs,
+    "reasoning": _reasoning,
+}
