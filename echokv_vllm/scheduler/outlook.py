@@ -14,9 +14,8 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from vllm.v1.request import RequestStatus
@@ -30,6 +29,7 @@ NUM_REMEMBERED = 256  # finished requests; traffic changes
 MIN_REMEMBERED = 8  # before them, what finishes first is not typical: it is short
 # Of a compressed request: its window holds on to the page it is leaving while a step is under way.
 LEAVING_PAGES = 1
+MAX_SKIPPED = 3  # steps for which a refusal holds without a forecast
 MAX_MOMENTS = 256  # that a forecast looks at; more cost time
 
 
@@ -58,8 +58,7 @@ class OutputLengths:
         return (self._sums[-1] - self._sums[first]) / num_longer - num_generated
 
 
-@dataclass(frozen=True)
-class Growth:
+class Growth(NamedTuple):
     """Future pages of one request in one group, or of a newcomer in both.
 
     Attributes:
@@ -83,7 +82,7 @@ def peak_growth(growths: Sequence[Growth]) -> int:
     Between two ends pages only become more, so the moments at which somebody ends are enough; of
     more than ``MAX_MOMENTS``, evenly spread ones.
     """
-    table = np.array([astuple(growth) for growth in growths], dtype=np.int64)
+    table = np.array(growths, dtype=np.int64)
     rest, num_tokens, page_size, lacking, own = table.T
     moments = np.unique(rest)
     moments = moments[:: -(-len(moments) // MAX_MOMENTS)]
@@ -104,6 +103,10 @@ class Outlook:
     def __init__(self, manager: EchoResidualManager) -> None:
         self.manager = manager
         self.lengths = OutputLengths()
+        settings = manager.settings
+        self.window_pages = _num_pages(settings.recent_tokens, settings.residual_block_size) + 1
+        self._refused = ""
+        self._num_skipped = 0
 
     def admits(self, request_id: str, num_tokens: int, num_pages: int) -> bool:
         """Whether a newcomer and all that runs are expected to fit until they end.
@@ -119,26 +122,48 @@ class Outlook:
         newcomer = manager.link.find_request(request_id)
         if newcomer is None or not manager.num_cached_block:
             return True
-        ledger = manager.ledgers[request_id]
+        # vLLM asks in every step. Until somebody ends, little changes from one to the next.
+        if request_id == self._refused and self._num_skipped < MAX_SKIPPED:
+            self._num_skipped += 1
+            return False
+        fits = self._peak(newcomer, num_tokens, num_pages) <= self._num_free()
+        self._refused, self._num_skipped = "" if fits else request_id, 0
+        return fits
+
+    def _num_free(self) -> int:
+        """Free pages if every ``auto`` request gives all it can.
+
+        Pages of uncommitted tokens count: they can be given soon. Those adopted from the prefix
+        cache do not: others may hold them too.
+        """
+        manager = self.manager
+        num_free = int(manager.block_pool.get_num_free_blocks())
+        for request_id in manager.num_cached_block:
+            ledger = manager.ledgers[request_id]
+            if ledger.requested == AUTO:
+                first = max(ledger.next_drop, ledger.num_adopted // manager.block_size)
+                end = len(manager.req_to_blocks[request_id]) - self.window_pages
+                num_free += max(0, end - first)
+        return num_free
+
+    def _peak(self, newcomer: Any, num_tokens: int, num_pages: int) -> int:
+        manager = self.manager
+        ledger = manager.ledgers[newcomer.request_id]
         size = manager.settings.retained_block_size
         lacking = num_pages + _num_pages(newcomer.num_tokens, size) - _num_pages(num_tokens, size)
         rest = self._rest(newcomer)
         growths = [Growth(rest, newcomer.num_tokens, size, lacking + LEAVING_PAGES, 0)]
         if ledger.requested == FULL:
             growths.append(Growth(rest, newcomer.num_tokens, manager.block_size, 0, 0))
-        num_droppable = 0
-        for running_id in manager.num_cached_block:
-            ledger = manager.ledgers[running_id]
-            if ledger.requested == AUTO:
-                num_droppable += manager.valve.num_droppable(running_id, ledger)
-            request = manager.link.find_request(running_id)
+        for request_id in manager.num_cached_block:
+            request = manager.link.find_request(request_id)
             if request is not None:
-                growths += self._growths(request, ledger)
-        num_free = int(manager.block_pool.get_num_free_blocks()) + num_droppable
-        return peak_growth(growths) <= num_free
+                growths += self._growths(request, manager.ledgers[request_id])
+        return peak_growth(growths)
 
     def note_end(self, request_id: str) -> None:
         """Remembers the output of a request that leaves, unless it was cut off."""
+        self._refused = ""
         request = self.manager.link.find_request(request_id)
         if request is not None and request.status in (
             RequestStatus.FINISHED_STOPPED,
@@ -168,7 +193,8 @@ class Outlook:
             own = num_held - ledger.num_adopted // size
             if ledger.requested != FULL:
                 lacking += LEAVING_PAGES
-                own += manager.valve.num_kept(request.request_id, ledger)
+                num_residual = len(manager.req_to_blocks[request.request_id])
+                own += min(num_residual, 1 + self.window_pages)  # 1: the sink page
             growths.append(Growth(rest, request.num_tokens, size, lacking, own))
         return growths
 

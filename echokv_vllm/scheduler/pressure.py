@@ -65,12 +65,6 @@ class PressureValve:
         num_pages = len(self.manager.req_to_blocks.get(request_id, ()))
         return max(0, min(self._window_start(ledger), num_pages) - ledger.next_drop)
 
-    def num_kept(self, request_id: str, ledger: RequestLedger) -> int:
-        """Pages that pressure cannot take: the sink page and the recent window."""
-        num_pages = len(self.manager.req_to_blocks.get(request_id, ()))
-        window = max(ledger.next_drop, self._window_start(ledger))
-        return min(num_pages, 1) + max(0, num_pages - window)
-
     def drop_left_window(self, request_id: str, ledger: RequestLedger) -> None:
         """Drops what left the recent window of a compressed request.
 

@@ -15,6 +15,7 @@ from paged_world import World, prompt
 
 from echokv_vllm.scheduler.outlook import (
     MAX_MOMENTS,
+    MAX_SKIPPED,
     MIN_REMEMBERED,
     NUM_REMEMBERED,
     Growth,
@@ -127,14 +128,11 @@ def test_outputs_without_a_bound_count_once_their_lengths_are_known() -> None:
     world = burst(True, max_tokens=UNNAMED)
     world.step()
     world.step()
-    assert len(world.running) == 9, "without the next page of ten"
+    assert len(world.running) == 10
     for request in list(world.running):
         world.abort(request)
     for _ in range(MIN_REMEMBERED):
         world.residual.outlook.lengths.add(60)
-    world.step()
-    world.step()
-    assert len(world.running) == 1, "the one that was left waiting"
     for index in range(10):
         world.add(f"later{index}", prompt(30, index), max_tokens=UNNAMED)
     world.step()
@@ -185,7 +183,28 @@ def test_pages_found_in_the_prefix_cache_are_not_expected_back() -> None:
     ledger = manager.ledgers["a"]
     assert ledger.num_adopted == 40
     (growth,) = manager.outlook._growths(request, ledger)
-    assert growth.own == 1 + manager.valve.num_kept("a", ledger)
+    assert growth.own == 1 + 2, "its own R page, the sink page and a window's"
+
+
+def test_a_refusal_holds_for_some_steps_or_until_a_request_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = burst(True)
+    forecasts: list[int] = []
+    outlook = world.residual.outlook
+    peak = outlook._peak
+    monkeypatch.setattr(outlook, "_peak", lambda *args: (forecasts.append(0), peak(*args))[1])
+    world.step()
+    assert len(world.running) == 3 and len(forecasts) == 3, "two follow the first, one may not"
+    for _ in range(MAX_SKIPPED):
+        world.step()
+    assert len(forecasts) == 3
+    world.step()
+    assert len(forecasts) == 4
+    world.abort(world.running[0])
+    world.step()
+    assert len(forecasts) > 4 and len(world.running) == 3
+    world.run()
 
 
 def test_random_traffic_is_preempted_less_and_ends_as_well() -> None:
