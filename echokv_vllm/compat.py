@@ -49,6 +49,8 @@ HOOKS = (
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
     "vllm.v1.core.sched.scheduler:Scheduler.add_request",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.v1.request:Request.num_output_tokens",
+    "vllm.v1.request:RequestStatus.FINISHED_LENGTH_CAPPED",
     "vllm.exceptions:VLLMClientError",
     "vllm.forward_context:get_forward_context",
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.bind_kv_cache",

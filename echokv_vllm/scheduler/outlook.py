@@ -134,13 +134,13 @@ class Outlook:
         """Free pages if every ``auto`` request gives all it can.
 
         Pages of uncommitted tokens count: they can be given soon. Those adopted from the prefix
-        cache do not: others may hold them too.
+        cache do not: others may hold them too. One that keeps no more residuals has given all.
         """
         manager = self.manager
         num_free = int(manager.block_pool.get_num_free_blocks())
         for request_id in manager.num_cached_block:
             ledger = manager.ledgers[request_id]
-            if ledger.requested == AUTO:
+            if ledger.requested == AUTO and ledger.mode == FULL:
                 first = max(ledger.next_drop, ledger.num_adopted // manager.block_size)
                 end = len(manager.req_to_blocks[request_id]) - self.window_pages
                 num_free += max(0, end - first)

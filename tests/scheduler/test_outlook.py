@@ -128,7 +128,7 @@ def test_outputs_without_a_bound_count_once_their_lengths_are_known() -> None:
     world = burst(True, max_tokens=UNNAMED)
     world.step()
     world.step()
-    assert len(world.running) == 10
+    assert len(world.running) == 9, "ten would have no room for their next pages"
     for request in list(world.running):
         world.abort(request)
     for _ in range(MIN_REMEMBERED):
