@@ -47,6 +47,7 @@ HOOKS = (
     "vllm.v1.core.block_pool:BlockPool.get_cached_block",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
     "vllm.v1.core.sched.scheduler:Scheduler.add_request",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.request:Request.num_output_tokens",
@@ -238,6 +239,32 @@ def patch_scheduler() -> None:
 
     add_request._echokv = True  # type: ignore[attr-defined]
     Scheduler.add_request = add_request
+
+
+def patch_lookup() -> None:
+    """Symptom: a KV cache manager cannot know whose prompt it looks up in the prefix cache. Cause:
+    vLLM hands it hashes only. Remove when it sees the request."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    if is_patched(KVCacheManager, "get_computed_blocks"):
+        return
+    original = KVCacheManager.get_computed_blocks
+
+    @functools.wraps(original)
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from echokv_vllm.scheduler.link import find_link
+
+        link = find_link(self.block_pool)
+        if link is None:
+            return original(self, request, *args, **kwargs)
+        link.looked_up = request
+        try:
+            return original(self, request, *args, **kwargs)
+        finally:
+            link.looked_up = None
+
+    get_computed_blocks._echokv = True  # type: ignore[attr-defined]
+    KVCacheManager.get_computed_blocks = get_computed_blocks
 
 
 def patch_schedule() -> None:

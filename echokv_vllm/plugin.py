@@ -27,6 +27,7 @@ def register() -> None:
     compat.patch_cpu_platform()
     if not missing:
         compat.patch_scheduler()
+        compat.patch_lookup()
         if not compat.missing_hooks(compat.STEP_HOOKS):
             compat.patch_schedule()
         compat.patch_input_processor()

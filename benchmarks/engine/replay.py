@@ -102,7 +102,8 @@ def make_scheduler(config: str, traffic: Traffic, model: Path) -> Scheduler:
         page_bytes = PAGE * TOKEN_BYTES // 2
         settings = SchedulerSettings(
             mode=config.partition("-")[0], recent_tokens=256, admit_full_below=0.9,
-            restore_below=0.7, restore_steps=64, strict=True, look_ahead=config != "auto-prompt",
+            restore_below=0.7, restore_steps=64, strict=config != "compressed",
+            look_ahead=config != "auto-prompt",
             watermark=0.0, retained_block_size=PAGE, residual_block_size=PAGE, plan="local-0.5",
             ratio=0.5,
         )  # fmt: skip
@@ -133,6 +134,7 @@ class Replay:
 
     def __init__(self, config: str, traffic: Traffic, model: Path, costs: Costs) -> None:
         compat.patch_scheduler()
+        compat.patch_lookup()
         self.traffic, self.costs = traffic, costs
         self.scheduler = make_scheduler(config, traffic, model)
         self.groups = self.scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -180,8 +182,10 @@ class Replay:
                 max_tokens=room if arrival.max_tokens is None else min(arrival.max_tokens, room),
                 temperature=0, stop_token_ids=[STOP],
             )  # fmt: skip
-            # No two prompts share a page.
-            prompt = [index % 200 + 2, index // 200 + 2, *[GO_ON] * (arrival.prompt_len - 2)]
+            # Beyond what they share, no two prompts have a page in common.
+            own = [index % 200 + 2, index // 200 + 2]
+            num_rest = arrival.prompt_len - arrival.num_shared - len(own)
+            prompt = [*[GO_ON] * arrival.num_shared, *own, *[GO_ON] * num_rest]
             request = Request(str(index), prompt, params, None, block_hasher=self.hasher)
             self.targets[request.request_id] = arrival
             self.scheduler.add_request(request)

@@ -19,12 +19,14 @@ class Arrival:
         prompt_len: Tokens.
         output_len: Tokens it will generate.
         max_tokens: What the client names; None where it names nothing.
+        num_shared: Leading tokens of the prompt that all requests have.
     """
 
     time: float
     prompt_len: int
     output_len: int
     max_tokens: int | None
+    num_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,17 @@ def _chat(max_tokens: int | None) -> Traffic:
     return Traffic(arrivals, 6 * GIB, 8192)
 
 
+def _shared_prompts() -> Traffic:
+    """Prompts that begin with the same 6,000 tokens, 12 a second, no bound named."""
+    source = random.Random(3)
+    arrivals, now = [], 0.0
+    for _ in range(400):
+        now += source.expovariate(12)
+        output = _lognormal(source, 400, 0.9, 3000)
+        arrivals.append(Arrival(now, 6000 + source.randint(50, 1000), output, None, 6000))
+    return Traffic(arrivals, 4 * GIB, 16384)
+
+
 def _long_prompts() -> Traffic:
     """Documents of 4k to 12k tokens, short outputs, 3 a second."""
     source = random.Random(3)
@@ -99,6 +112,7 @@ TRAFFIC: dict[str, Callable[[], Traffic]] = {
     "burst": _burst,
     "chat": lambda: _chat(None),
     "chat-4096": lambda: _chat(4096),
+    "shared-prompts": _shared_prompts,
     "long-prompts": _long_prompts,
     "long-outputs": _long_outputs,
     "reasoning": _reasoning,

@@ -26,6 +26,7 @@ class PoolLink:
         requested_modes: Mode named by a request, by internal request id. Entries outlive
             preemption and vanish with the request object.
         max_model_len: vLLM's, in tokens; 0 before the first request.
+        looked_up: The request whose prompt is being looked up in the prefix cache, if any.
         retained_need: (request id, R pages it needs) of the allocation under way. vLLM
             asks the groups one after the other; D must see the sum.
         retained_hits: Block ids of the R pages that allocation would adopt from the
@@ -39,6 +40,7 @@ class PoolLink:
         self.residual: EchoResidualManager | None = None
         self.requested_modes: dict[str, str] = {}
         self.max_model_len = 0
+        self.looked_up: Any | None = None
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self.retained_need: tuple[str, int] = ("", 0)
         self.retained_hits: frozenset[int] = frozenset()

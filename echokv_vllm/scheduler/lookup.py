@@ -1,7 +1,9 @@
 """Prefix-cache lookup of the D group.
 
 A D block is usable only beside the R block it was written with: the worker accepts a D
-page by a stamp that names the R slot of its first token (``echokv_kernels.store``).
+page by a stamp that names the R slot of its first token (``echokv_kernels.store``). Without one the
+token's discarded heads can still be rebuilt, which spares a request its prompt where it may be
+compressed: R blocks in the cache are exact.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ def residual_hits(
 ) -> tuple[tuple[list[Any], ...], int]:
     """The D blocks that serve a prefix hit.
 
-    Strict: the leading run of cached blocks whose partner R block is the one the R lookup
-    returns. Otherwise: every block up to ``max_length``, null where none is usable.
+    Exact: the leading run of cached blocks whose partner R block is the one the R lookup
+    returns. Otherwise: every block up to ``max_length``, null where none is usable. Strict servers
+    look exactly, but for requests that memory leaves no room to be full.
 
     Args:
         block_hashes: Chained hashes of the request's prompt.
@@ -46,14 +49,16 @@ def residual_hits(
     r_size = link.retained.block_size
     r_hashes = resolve_block_hashes(block_hashes, hash_size, r_size)
     found: tuple[list[Any], ...] = tuple([] for _ in group_ids)
+    is_exact = True
     for index, block_hash in enumerate(itertools.islice(hashes, max_length // block_size)):
         hit = block_pool.get_cached_block(block_hash, list(group_ids))
         if hit and not _is_paired(link, hit[0], block_pool, r_hashes, index * block_size // r_size):
             link.residual.counters.hits_unpaired += 1
             hit = None
         if not hit:
-            if link.strict:
+            if is_exact and link.strict and link.residual.wants_exact_hit(index * block_size):
                 break
+            is_exact = False
             hit = [block_pool.null_block] * len(found)
         for blocks, block in zip(found, hit, strict=True):
             blocks.append(block)

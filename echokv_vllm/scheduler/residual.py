@@ -83,6 +83,26 @@ class EchoResidualManager(SingleTypeKVCacheManager):
             ledger = self.ledgers[request_id] = RequestLedger(requested)
         return ledger
 
+    def wants_exact_hit(self, num_exact: int) -> bool:
+        """Whether the request being looked up rather computes than reads rebuilt heads.
+
+        Args:
+            num_exact: Tokens of the prefix cache it may read exactly.
+        """
+        request = self.link.looked_up
+        if request is None:
+            return True
+        requested = self.link.requested_modes.get(request.request_id, self.settings.mode)
+        if requested != AUTO:
+            return requested == FULL
+        settings, rest = self.settings, request.num_tokens - num_exact
+        return policy.admits_full(
+            self.block_pool.get_num_free_blocks(),
+            -(-rest // settings.retained_block_size) + -(-rest // settings.residual_block_size),
+            self.num_usable_blocks,
+            settings.admit_full_below,
+        )
+
     def publishable_tokens(self, request_id: str) -> int:
         """Leading tokens whose blocks may enter the prefix cache."""
         ledger = self.ledgers.get(request_id)

@@ -107,6 +107,42 @@ def test_full_requests_reuse_exact_prefixes_and_compressed_ones_only_their_windo
     world.check_idle()
 
 
+@pytest.mark.parametrize(
+    ("mode", "is_short", "num_hit"),
+    [
+        ("auto", False, 0),  # exact while memory allows
+        ("auto", True, 80),
+        ("compressed", False, 80),
+        ("full", False, 0),
+        ("full", True, 0),
+    ],
+)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_retained_blocks_alone_serve_who_may_be_compressed(
+    mode: str, is_short: bool, num_hit: int, depth: int
+) -> None:
+    """R blocks of a prefix are cached, its D blocks are gone."""
+    echo = settings(recent_tokens=4, admit_full_below=0.9, look_ahead=False)
+    world = World(161, echo, budget=300, depth=depth)
+    first = world.add("first", prompt(81, 1), "full", max_tokens=2)
+    world.step()
+    residual = set(world.residual_row(first))
+    world.run()
+    world.pool.evict_blocks(residual)
+    if is_short:
+        world.add("hog", prompt(220, 2), "full", max_tokens=20)
+        world.step()
+    request = world.add("a", [*prompt(81, 1), 1, 2, 3], mode, max_tokens=12)
+    assert world.manager.get_computed_blocks(request)[1] == num_hit
+    world.step()
+    if num_hit:
+        assert ledger_of(world, request).taint == num_hit
+        assert not set(held(world, request)) & set(range(1, 19)), "nothing rebuilt is stored"
+    world.run()
+    world.check_published()
+    world.check_idle()
+
+
 def test_lenient_caching_shares_everything_but_not_with_pinned_requests() -> None:
     world = World(400, settings(strict=False, recent_tokens=8, mode="compressed"), budget=40)
     world.add("a", prompt(100, 1), max_tokens=2)

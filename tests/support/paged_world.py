@@ -18,10 +18,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
+from echokv_vllm import compat
 from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.scheduler.link import find_link
 
 init_none_hash(sha256)
+compat.patch_lookup()
 
 
 def _next_token(names: list[int]) -> int:
