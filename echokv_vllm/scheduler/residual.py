@@ -79,9 +79,11 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         """The request's state, made on first sight (again after a preemption)."""
         ledger = self.ledgers.get(request_id)
         if ledger is None:
-            requested = self.link.requested_modes.get(request_id, self.settings.mode)
-            ledger = self.ledgers[request_id] = RequestLedger(requested)
+            ledger = self.ledgers[request_id] = RequestLedger(self._requested(request_id))
         return ledger
+
+    def _requested(self, request_id: str) -> str:
+        return self.link.requested_modes.get(request_id, self.settings.mode)
 
     def wants_exact_hit(self, num_exact: int) -> bool:
         """Whether the request being looked up rather computes than reads rebuilt heads.
@@ -92,7 +94,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         request = self.link.looked_up
         if request is None:
             return True
-        requested = self.link.requested_modes.get(request.request_id, self.settings.mode)
+        requested = self._requested(request.request_id)
         if requested != AUTO:
             return requested == FULL
         settings, rest = self.settings, request.num_tokens - num_exact
