@@ -173,7 +173,12 @@ def record(
     values = {"enable_prefix_caching": False, "max_model_len": 640, **options}
     with (
         engine(
-            model, checkpoint, {"mode": mode}, num_gpu_blocks_override=case.num_blocks, **values
+            # All at once: waiting for room would leave fewer pages to rebuild.
+            model,
+            checkpoint,
+            {"mode": mode, "look_ahead": False},
+            num_gpu_blocks_override=case.num_blocks,
+            **values,
         ) as llm,
         StepRecorder(llm).attached() as recorder,
     ):
