@@ -56,36 +56,35 @@ def _burst() -> Traffic:
     return Traffic([Arrival(0.0, 8000, 1000, 1000) for _ in range(64)], 27 * GIB, 9216, 64)
 
 
-def _chat(max_tokens: int | None) -> Traffic:
+def _stream(
+    count: int, rate: float, prompt_len: tuple[int, int], output: tuple[float, float, int],
+    max_tokens: int | None, num_shared: int = 0,
+) -> list[Arrival]:  # fmt: skip
+    """Arrivals at random, `rate` a second; outputs lognormal: mean, sigma and most."""
     source = random.Random(3)
     arrivals, now = [], 0.0
-    for _ in range(500):
-        now += source.expovariate(14)
-        output = _lognormal(source, 400, 0.9, 3000)
-        arrivals.append(Arrival(now, source.randint(200, 3000), output, max_tokens))
-    return Traffic(arrivals, 6 * GIB, 8192)
+    for _ in range(count):
+        now += source.expovariate(rate)
+        output_len = _lognormal(source, *output)
+        own = source.randint(*prompt_len)
+        arrivals.append(Arrival(now, num_shared + own, output_len, max_tokens, num_shared))
+    return arrivals
+
+
+def _chat(max_tokens: int | None) -> Traffic:
+    return Traffic(_stream(500, 14, (200, 3000), (400, 0.9, 3000), max_tokens), 6 * GIB, 8192)
 
 
 def _shared_prompts() -> Traffic:
     """Prompts that begin with the same 6,000 tokens, 12 a second, no bound named."""
-    source = random.Random(3)
-    arrivals, now = [], 0.0
-    for _ in range(400):
-        now += source.expovariate(12)
-        output = _lognormal(source, 400, 0.9, 3000)
-        arrivals.append(Arrival(now, 6000 + source.randint(50, 1000), output, None, 6000))
-    return Traffic(arrivals, 4 * GIB, 16384)
+    return Traffic(
+        _stream(400, 12, (50, 1000), (400, 0.9, 3000), None, num_shared=6000), 4 * GIB, 16384
+    )
 
 
 def _long_prompts() -> Traffic:
     """Documents of 4k to 12k tokens, short outputs, 3 a second."""
-    source = random.Random(3)
-    arrivals, now = [], 0.0
-    for _ in range(200):
-        now += source.expovariate(3)
-        output = _lognormal(source, 200, 0.6, 1000)
-        arrivals.append(Arrival(now, source.randint(4000, 12000), output, 1024))
-    return Traffic(arrivals, 20 * GIB, 16384)
+    return Traffic(_stream(200, 3, (4000, 12000), (200, 0.6, 1000), 1024), 20 * GIB, 16384)
 
 
 def _long_outputs() -> Traffic:

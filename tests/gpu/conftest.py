@@ -87,8 +87,9 @@ def run(
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             return f"{error}\n{log.read_text()[-8000:]}"
         answer: dict[str, Any] = json.loads(Path(f"{path}.out").read_text())
-        assert "Kernel JIT monitor activated" in log.read_text()
-        answer["compiled"] = sorted(set(COMPILED.findall(log.read_text())))
+        said = log.read_text()
+        assert "Kernel JIT monitor activated" in said
+        answer["compiled"] = sorted(set(COMPILED.findall(said)))
         return answer
 
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
