@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echokv_vllm import compat
+from echokv_vllm import compat, hooks
 from echokv_vllm.metrics import announce_folder
 
 
@@ -11,16 +11,16 @@ def register() -> None:
 
     On a vLLM without the hooks EchoKV needs only the name is registered, where that is possible:
     selecting it then ends in an error that names what is missing
-    (:func:`compat.require_supported`), and every other use of vLLM goes on undisturbed.
+    (:func:`hooks.require_supported`), and every other use of vLLM goes on undisturbed.
     """
     announce_folder()
-    missing = compat.missing_hooks()
+    missing = hooks.missing_hooks()
     if missing:
-        compat.logger.warning(
+        hooks.logger.warning(
             "EchoKV does not work with vLLM %s, which lacks %s; --attention-backend echokv is not "
-            "available.", compat.vllm_version(), ", ".join(missing),
+            "available.", hooks.vllm_version(), ", ".join(missing),
         )  # fmt: skip
-        if set(missing) & set(compat.NAME_HOOKS):
+        if set(missing) & set(hooks.NAME_HOOKS):
             return
     if not compat.register_backend_name():
         return
@@ -28,6 +28,6 @@ def register() -> None:
     if not missing:
         compat.patch_scheduler()
         compat.patch_lookup()
-        if not compat.missing_hooks(compat.STEP_HOOKS):
+        if not hooks.missing_hooks(hooks.STEP_HOOKS):
             compat.patch_schedule()
         compat.patch_input_processor()

@@ -4,6 +4,6 @@ Selecting the backend imports this package first, so that a vLLM without the hoo
 below are built on ends in an error that names them.
 """
 
-from echokv_vllm import compat
+from echokv_vllm import hooks
 
-compat.require_supported()
+hooks.require_supported()

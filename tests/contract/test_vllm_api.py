@@ -16,7 +16,7 @@ from typing import Any
 import engines  # noqa: F401  sets vLLM's environment, so it must come before vLLM
 import pytest
 
-from echokv_vllm import compat, plugin
+from echokv_vllm import compat, hooks, plugin
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,8 +25,8 @@ def registered():
 
 
 def test_every_hook_is_present():
-    assert compat.missing_hooks() == []
-    assert compat.is_tested(compat.vllm_version())
+    assert hooks.missing_hooks() == []
+    assert hooks.is_tested(hooks.vllm_version())
 
 
 def patched_functions() -> dict[str, Any]:

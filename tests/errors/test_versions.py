@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from echokv_vllm import compat, plugin
+from echokv_vllm import compat, hooks, plugin
 
 GONE = "vllm.v1.core.block_pool:BlockPool.no_such_method"
 
@@ -19,30 +19,30 @@ def messages():
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    compat.logger.addHandler(handler)
+    hooks.logger.addHandler(handler)
     yield records
-    compat.logger.removeHandler(handler)
+    hooks.logger.removeHandler(handler)
 
 
 def test_this_version_has_every_hook(messages):
-    compat.require_supported()
+    hooks.require_supported()
     assert messages == []
-    assert compat.missing_hooks(compat.GRAPH_HOOKS) == []
+    assert hooks.missing_hooks(hooks.GRAPH_HOOKS) == []
 
 
 def test_missing_hook_is_named(monkeypatch):
-    monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, GONE, "vllm.no_module:x"))
-    with pytest.raises(compat.UnsupportedVllmError) as caught:
-        compat.require_supported()
+    monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, GONE, "vllm.no_module:x"))
+    with pytest.raises(hooks.UnsupportedVllmError) as caught:
+        hooks.require_supported()
     message = str(caught.value)
     assert f"lacks {GONE}, vllm.no_module:x" in message
-    assert compat.vllm_version() in message
+    assert hooks.vllm_version() in message
     assert "Install a tested vLLM (0.31, 0.32, 0.33)" in message
 
 
 def test_untested_version_warns_and_goes_on(monkeypatch, messages):
-    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.1")
-    compat.require_supported()
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.99.1")
+    hooks.require_supported()
     (message,) = messages
     assert "0.31, 0.32, 0.33" in message and "0.99.1" in message
 
@@ -52,17 +52,17 @@ def test_untested_version_warns_and_goes_on(monkeypatch, messages):
     [("0.32.0", True), ("0.32.1.dev3+cpu", True), ("0.34.0", False), ("0.3.2", False)],
 )
 def test_minor_release_counts(version, tested):
-    assert compat.is_tested(version) is tested
+    assert hooks.is_tested(version) is tested
 
 
 def test_plugin_without_the_name_hooks_only_warns(monkeypatch, messages):
-    monkeypatch.setattr(compat, "missing_hooks", lambda: [compat.NAME_HOOKS[1]])
+    monkeypatch.setattr(hooks, "missing_hooks", lambda: [hooks.NAME_HOOKS[1]])
     monkeypatch.setattr(
         compat, "register_backend_name", lambda: pytest.fail("cannot be registered")
     )
     plugin.register()
     (message,) = messages
-    assert compat.NAME_HOOKS[1] in message
+    assert hooks.NAME_HOOKS[1] in message
 
 
 def test_one_place_for_other_backends_is_not_taken_from_another_plugin(monkeypatch, messages):
@@ -85,7 +85,7 @@ def test_one_place_for_other_backends_is_not_taken_from_another_plugin(monkeypat
 def test_nothing_is_patched_for_a_name_that_cannot_be_had(monkeypatch):
     """A patched CPU platform would look the name up for users of every backend."""
     monkeypatch.setattr(compat, "register_backend_name", lambda: False)
-    for name in ("cpu_platform", "scheduler", "schedule", "input_processor"):
+    for name in ("cpu_platform", "scheduler", "lookup", "schedule", "input_processor"):
         monkeypatch.setattr(compat, f"patch_{name}", lambda: pytest.fail("must not be patched"))
     plugin.register()
 
@@ -105,8 +105,8 @@ def test_steps_go_past_workers_with_the_first_ray_executor_alone(monkeypatch):
 def test_a_vllm_without_the_step_hooks_still_serves():
     script = """
 import sys
-from echokv_vllm import compat
-compat.STEP_HOOKS += ("vllm.no_module:x",)
+from echokv_vllm import compat, hooks
+hooks.STEP_HOOKS += ("vllm.no_module:x",)
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -122,8 +122,8 @@ assert "vllm.v1.worker.gpu.cudagraph_utils" not in sys.modules  # a GPU worker's
 def test_other_backends_are_undisturbed_and_selecting_ours_names_the_hook():
     """T24: an exception in a plugin would end every vLLM command at argument parsing."""
     script = f"""
-from echokv_vllm import compat
-compat.HOOKS += ({GONE!r},)
+from echokv_vllm import hooks
+hooks.HOOKS += ({GONE!r},)
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.platforms import current_platform
@@ -139,7 +139,7 @@ other = AttentionBackendEnum["CPU_ATTN"]
 print("other:", current_platform.get_attn_backend_cls(other, config))
 try:
     path = current_platform.get_attn_backend_cls(AttentionBackendEnum["ECHOKV"], config)
-except compat.UnsupportedVllmError as error:
+except hooks.UnsupportedVllmError as error:
     print("ours:", error)
 """
     done = subprocess.run(

@@ -11,7 +11,7 @@ from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.layout import BlockSizes
 from echokv_kernels.rotary import Rotary
-from echokv_vllm import compat
+from echokv_vllm import compat, hooks
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.worker.gpu.attention import GpuAttention
 from echokv_vllm.worker.gpu.flash import SERVED_VERSIONS, FlashDecodeSchedule, flash_version
@@ -56,12 +56,12 @@ class GpuWorker:
         self._is_warm = False
 
     def _patch_vllm(self) -> None:
-        missing = compat.missing_hooks(compat.GRAPH_HOOKS)
+        missing = hooks.missing_hooks(hooks.GRAPH_HOOKS)
         if missing:
             logger.warning(
                 "EchoKV: vLLM %s lacks %s; one graph serves full and compressed steps, which are "
                 "1 to 3 %% slower for it",
-                compat.vllm_version(),
+                hooks.vllm_version(),
                 ", ".join(missing),
             )
             return
