@@ -132,8 +132,8 @@ def patch_scheduler() -> None:
 
 
 def patch_lookup() -> None:
-    """Symptom: a KV cache manager cannot know whose prompt it looks up in the prefix cache. Cause:
-    vLLM hands it hashes only. Remove when it sees the request."""
+    """Symptom: a KV cache manager cannot know whose prompt it looks up in the prefix cache, nor
+    spare the lookup. Cause: vLLM hands it hashes only. Remove when it sees the request."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     if is_patched(KVCacheManager, "get_computed_blocks"):
@@ -145,12 +145,17 @@ def patch_lookup() -> None:
         from echokv_vllm.scheduler.link import find_link
 
         link = find_link(self.block_pool)
-        if link is None:
+        if link is None or link.residual is None:
             return original(self, request, *args, **kwargs)
+        skips = request.skip_reading_prefix_cache
         link.looked_up = request
+        # Not worth a lookup if the request will be held back whatever is found.
+        held_back = link.residual.outlook.still_refuses(request.request_id)
+        request.skip_reading_prefix_cache = skips or held_back
         try:
             return original(self, request, *args, **kwargs)
         finally:
+            request.skip_reading_prefix_cache = skips
             link.looked_up = None
 
     get_computed_blocks._echokv = True  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ _HELP = {
     "restored": "Times a compressed auto request went back to keeping residuals.",
     "pages_dropped": "Residual pages taken from running requests under memory pressure.",
     "window_pages_dropped": "Residual pages that left a compressed request's recent window.",
-    "hits_unpaired": "Prefix hits cut short because R and D blocks were of two requests.",
+    "hits_unpaired": "Requests whose prefix hit was cut short: R and D of two requests.",
     "pool_pages": "Pages of the pool.",
     "residual_pages": "Residual pages held by requests.",
 }

@@ -25,6 +25,8 @@ class RequestLedger:
         next_drop: Index of the first D page that pressure may take. Page 0, the sink
             page, is never taken.
         num_adopted: Leading tokens found in the prefix cache at admission.
+        num_settled: Leading R blocks for which it is settled which copy the prefix cache hands out.
+        is_cut: Whether a lookup of its prompt was counted as cut.
         held_back: Whether it was counted as held back.
         admitted: Whether the request was counted as started.
         demoted: Whether it was counted as demoted.
@@ -37,6 +39,8 @@ class RequestLedger:
     taint: int | None = None
     next_drop: int = 1
     num_adopted: int = 0
+    num_settled: int = 0
+    is_cut: bool = False
     held_back: bool = False
     admitted: bool = False
     demoted: bool = False
@@ -51,8 +55,9 @@ class Counters:
     """Totals since start-up, exported as metrics (see ``echokv_vllm.metrics``).
 
     Attributes:
-        admitted_full: Requests that started in full mode.
-        admitted_compressed: Requests that started in compressed mode.
+        admitted_full: Requests that started with the full cache.
+        admitted_compressed: Requests that started compressed, also those that will keep residuals
+            but took over a prefix without them.
         held_back: Requests that waited because the running ones were expected to need the
             pages.
         demoted: ``auto`` requests that lost their first residual page or stopped keeping
@@ -61,7 +66,7 @@ class Counters:
         pages_dropped: Residual pages taken from running requests under pressure.
         window_pages_dropped: Residual pages that left the recent window of a compressed
             request.
-        hits_unpaired: Prefix-cache lookups cut short because the D block found belongs to
+        hits_unpaired: Requests whose prefix-cache hit ended where the D block found belongs to
             another R block.
     """
 

@@ -7,7 +7,7 @@ requests' modes, through this object, kept beside the pool it belongs to.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from echokv_kernels.step_plan import StepKind
@@ -27,6 +27,7 @@ class PoolLink:
             preemption and vanish with the request object.
         max_model_len: vLLM's, in tokens; 0 before the first request.
         looked_up: The request whose prompt is being looked up in the prefix cache, if any.
+        found_retained: R blocks that serve the prefix hit being looked up.
         retained_need: (request id, R pages it needs) of the allocation under way. vLLM
             asks the groups one after the other; D must see the sum.
         retained_hits: Block ids of the R pages that allocation would adopt from the
@@ -42,6 +43,7 @@ class PoolLink:
         self.max_model_len = 0
         self.looked_up: Any | None = None
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self.found_retained: Sequence[Any] = ()
         self.retained_need: tuple[str, int] = ("", 0)
         self.retained_hits: frozenset[int] = frozenset()
         self.partner: dict[int, int] = {}

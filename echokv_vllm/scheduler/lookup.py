@@ -33,7 +33,7 @@ def residual_hits(
 
     Args:
         block_hashes: Chained hashes of the request's prompt.
-        max_length: Upper bound in tokens, the R group's hit.
+        max_length: Upper bound in tokens, the R group's hit, which was looked up just before.
         group_ids: Ids of the D group.
         block_pool: The pool both groups draw on.
         block_size: Tokens per D page.
@@ -44,19 +44,17 @@ def residual_hits(
     """
     link = link_of(block_pool)
     assert link.retained is not None and link.residual is not None
-    hash_size = block_pool.hash_block_size
-    hashes = resolve_block_hashes(block_hashes, hash_size, block_size)
+    hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size)
     r_size = link.retained.block_size
-    r_hashes = resolve_block_hashes(block_hashes, hash_size, r_size)
     found: tuple[list[Any], ...] = tuple([] for _ in group_ids)
     is_exact = True
     for index, block_hash in enumerate(itertools.islice(hashes, max_length // block_size)):
         hit = block_pool.get_cached_block(block_hash, list(group_ids))
-        if hit and not _is_paired(link, hit[0], block_pool, r_hashes, index * block_size // r_size):
-            link.residual.counters.hits_unpaired += 1
-            hit = None
-        if not hit:
+        is_unpaired = hit and not _is_paired(link, hit[0], index * block_size // r_size)
+        if not hit or is_unpaired:
             if is_exact and link.strict and link.residual.wants_exact_hit(index * block_size):
+                if is_unpaired:
+                    link.residual.count_cut_lookup()
                 break
             is_exact = False
             hit = [block_pool.null_block] * len(found)
@@ -69,9 +67,6 @@ def residual_hits(
     return found, length
 
 
-def _is_paired(link: PoolLink, block: Any, block_pool: Any, r_hashes: Any, r_index: int) -> bool:
-    assert link.retained is not None
-    if r_index >= len(r_hashes):
-        return False
-    partner = block_pool.get_cached_block(r_hashes[r_index], [link.retained.kv_cache_group_id])
-    return bool(partner) and link.partner.get(block.block_id) == partner[0].block_id
+def _is_paired(link: PoolLink, block: Any, r_index: int) -> bool:
+    partner = link.found_retained[r_index]
+    return link.partner.get(block.block_id) == partner.block_id

@@ -107,6 +107,22 @@ class Outlook:
         self.window_pages = _num_pages(settings.recent_tokens, settings.residual_block_size) + 1
         self._refused = ""
         self._num_skipped = 0
+        self._is_skipping = False
+
+    def still_refuses(self, request_id: str) -> bool:
+        """Whether the refusal of a newcomer holds in this step without a forecast.
+
+        vLLM asks in every step, and until somebody ends little changes from one to the next. Asked
+        before the newcomer's prompt is looked up, which takes longer than the forecast and is for
+        nothing if it stays refused.
+        """
+        self._is_skipping = (
+            request_id == self._refused
+            and self._num_skipped < MAX_SKIPPED
+            and bool(self.manager.num_cached_block)
+        )
+        self._num_skipped += self._is_skipping
+        return self._is_skipping
 
     def admits(self, request_id: str, num_tokens: int, num_pages: int) -> bool:
         """Whether a newcomer and all that runs are expected to fit until they end.
@@ -122,9 +138,7 @@ class Outlook:
         newcomer = manager.link.find_request(request_id)
         if newcomer is None or not manager.num_cached_block:
             return True
-        # vLLM asks in every step. Until somebody ends, little changes from one to the next.
-        if request_id == self._refused and self._num_skipped < MAX_SKIPPED:
-            self._num_skipped += 1
+        if request_id == self._refused and self._is_skipping:
             return False
         fits = self._peak(newcomer, num_tokens, num_pages) <= self._num_free()
         self._refused, self._num_skipped = "" if fits else request_id, 0

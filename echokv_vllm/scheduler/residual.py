@@ -17,6 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.metrics import MetricsWriter
 from echokv_vllm.scheduler import policy
+from echokv_vllm.scheduler.copies import offer_own_pairs
 from echokv_vllm.scheduler.ledger import AUTO, COMPRESSED, FULL, Counters, RequestLedger
 from echokv_vllm.scheduler.link import link_of
 from echokv_vllm.scheduler.lookup import residual_hits
@@ -104,6 +105,15 @@ class EchoResidualManager(SingleTypeKVCacheManager):
             self.num_usable_blocks,
             settings.admit_full_below,
         )
+
+    def count_cut_lookup(self) -> None:
+        """Counts a request once whose exact hit ended at a D block of another R block."""
+        request = self.link.looked_up
+        ledger = None if request is None else self.ledger(request.request_id)
+        if ledger is None or not ledger.is_cut:
+            self.counters.hits_unpaired += 1
+        if ledger is not None:
+            ledger.is_cut = True
 
     def publishable_tokens(self, request_id: str) -> int:
         """Leading tokens whose blocks may enter the prefix cache."""
@@ -301,7 +311,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         ledger.admitted = True
         if ledger.mode is None:
             ledger.mode = COMPRESSED if ledger.requested == COMPRESSED else FULL
-        if ledger.mode == FULL:
+        if ledger.mode == FULL and ledger.taint is None:
             self.counters.admitted_full += 1
         else:
             self.counters.admitted_compressed += 1
@@ -335,6 +345,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         """Publishes blocks up to the first token that was computed inexactly."""
         limit = self.publishable_tokens(request.request_id)
         super().cache_blocks(request, min(num_tokens, limit), *args, **kwargs)
+        offer_own_pairs(self, request)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forgets a finished, aborted or preempted request."""

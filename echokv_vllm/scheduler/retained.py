@@ -51,6 +51,23 @@ class EchoRetainedManager(FullAttentionManager):
         limit = self.link.residual.publishable_tokens(request.request_id)
         super().cache_blocks(request, min(num_tokens, limit), *args, **kwargs)
 
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """vLLM's lookup, noted down for that of the D group, which is next."""
+        found = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, *args, **kwargs
+        )
+        link_of(block_pool).found_retained = found[0][0]
+        return found
+
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Cascade attention is not used (abstract in vLLM 0.31)."""
         return 0

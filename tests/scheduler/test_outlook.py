@@ -22,6 +22,7 @@ from echokv_vllm.scheduler.outlook import (
     OutputLengths,
     peak_growth,
 )
+from echokv_vllm.scheduler.retained import EchoRetainedManager
 
 # The machine may be busy, and a failure must come back.
 repeatable = hypothesis_settings(deadline=None, derandomize=True)
@@ -205,6 +206,34 @@ def test_a_refusal_holds_for_some_steps_or_until_a_request_ends(
     world.step()
     assert len(forecasts) > 4 and len(world.running) == 3
     world.run()
+
+
+def test_no_prompt_is_looked_up_while_its_refusal_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(201, settings(recent_tokens=0), budget=500)
+    shared = prompt(80, 1)
+    for index in range(6):
+        world.add(f"q{index}", [*shared, *prompt(30, 2 + index)], max_tokens=120)
+    looked_up: list[str] = []
+    original = EchoRetainedManager.find_longest_cache_hit.__func__
+
+    def counted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        looked_up.append(world.link.looked_up.request_id)
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(EchoRetainedManager, "find_longest_cache_hit", classmethod(counted))
+    world.step()
+    waiting = world.waiting[0]
+    assert looked_up[-1] == waiting.request_id and len(world.running) > 1
+    looked_up.clear()
+    for _ in range(2 * (MAX_SKIPPED + 1)):
+        world.step()
+    assert looked_up == 2 * [waiting.request_id]
+    assert not waiting.skip_reading_prefix_cache
+    adopted = {}
+    while world.running or world.waiting:
+        world.step()
+        adopted |= {name: ledger.num_adopted for name, ledger in world.residual.ledgers.items()}
+    assert adopted[waiting.request_id] == 80, "what it finds when it is admitted counts"
 
 
 def test_random_traffic_is_preempted_less_and_ends_as_well() -> None:

@@ -137,6 +137,8 @@ def test_retained_blocks_alone_serve_who_may_be_compressed(
     world.step()
     if num_hit:
         assert ledger_of(world, request).taint == num_hit
+        counters = world.residual.counters
+        assert counters.admitted_compressed == 1, "it did not start with the full cache"
         assert not set(held(world, request)) & set(range(1, 19)), "nothing rebuilt is stored"
     world.run()
     world.check_published()
@@ -225,4 +227,5 @@ def test_a_d_block_is_used_only_beside_its_own_r_block() -> None:
     world.pool.evict_blocks({first_r[4]})
     blocks, num_hit, _ = world.manager.get_computed_blocks(third)
     assert num_hit == 16, "page 4 of R is now b's, and a's page 4 of D is not its partner"
+    world.manager.get_computed_blocks(third)  # as long as it waits, in every step
     assert world.residual.counters.hits_unpaired == 1
