@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 import weakref
 from typing import Any
 
-from echokv_vllm.hooks import logger, vllm_version
+from echokv_vllm.hooks import BEAM_HOOKS, logger, vllm_version
 
 BACKEND = "ECHOKV"
 BACKEND_PATH = "echokv_vllm.worker.backend.EchoKVBackend"
@@ -119,7 +120,8 @@ def patch_scheduler() -> None:
         from echokv_vllm.scheduler.link import find_link
 
         link = find_link(self.kv_cache_manager.block_pool)
-        if link is not None:
+        # What comes under a known id continues a session of streamed inputs.
+        if link is not None and request.request_id not in self.requests:
             mode = requested_mode(request.sampling_params)
             link.add_request(request, mode, self.max_model_len)
             if not link.strict and (mode or link.default_mode) == "full":
@@ -225,7 +227,7 @@ def patch_input_processor() -> None:
 
     if is_patched(InputProcessor, "process_inputs"):
         return
-    original = InputProcessor.process_inputs
+    original, build = InputProcessor.process_inputs, InputProcessor.__init__
     limits: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     @functools.wraps(original)
@@ -243,8 +245,46 @@ def patch_input_processor() -> None:
             raise _as_client_error(error) from None
         return request
 
+    @functools.wraps(build)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if is_selected(vllm_config):
+            patch_beam_search()
+        build(self, vllm_config, *args, **kwargs)
+
     process_inputs._echokv = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+    InputProcessor.__init__ = __init__
+
+
+def patch_beam_search() -> None:
+    """Symptom: a mode named beside ``use_beam_search`` is ignored. Cause: vLLM's beam search hands
+    no extra arguments on. Remove when it does. Patches only what is loaded: processes that answer
+    no HTTP requests need not import them."""
+    from echokv_vllm.config import EchoConfigError
+
+    def patch(owner: Any) -> None:
+        original = owner.to_beam_search_params
+
+        @functools.wraps(original)
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mode = (self.vllm_xargs or {}).get("echokv")
+            if mode is not None:
+                raise _as_client_error(EchoConfigError(
+                    f"The request parameter vllm_xargs.echokv is {mode!r}, and use_beam_search is "
+                    "on: vLLM's beam search cannot hand a mode on. Leave one of the two out, or "
+                    "start the server with that mode as its default."
+                ))  # fmt: skip
+            return original(self, *args, **kwargs)
+
+        to_beam_search_params._echokv = True  # type: ignore[attr-defined]
+        owner.to_beam_search_params = to_beam_search_params
+
+    for hook in BEAM_HOOKS:
+        module_name, _, path = hook.partition(":")
+        class_name, _, method = path.partition(".")
+        owner = getattr(sys.modules.get(module_name), class_name, None)
+        if owner is not None and hasattr(owner, method) and not is_patched(owner, method):
+            patch(owner)
 
 
 def _check_length(vllm_config: Any, cache: dict[str, Any], request: Any) -> None:
@@ -267,9 +307,10 @@ def _check_length(vllm_config: Any, cache: dict[str, Any], request: Any) -> None
     if prompt is None:
         prompt = request.prompt_embeds
     max_tokens = request.sampling_params.max_tokens
-    cache["limit"].check(
-        len(prompt), max_model_len if max_tokens is None else max_tokens, max_model_len
-    )
+    # Inputs of a session are added up in one request, and nobody knows how many will come.
+    if max_tokens is None or getattr(request, "resumable", False):
+        max_tokens = max_model_len
+    cache["limit"].check(len(prompt), max_tokens, max_model_len)
 
 
 def _as_client_error(error: ValueError) -> Exception:

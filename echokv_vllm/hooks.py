@@ -63,6 +63,12 @@ GRAPH_HOOKS = (
     "vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model",
 )
 
+# What it takes to refuse a mode named with beam search. They would import the HTTP server.
+BEAM_HOOKS = (
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
+)
+
 logger = logging.getLogger("vllm.echokv")
 
 

@@ -74,7 +74,11 @@ def full_mode_limit(vllm_config: Any) -> FullModeLimit:
         checkpoint.fingerprint.head_dim,
         vllm_config.model_config.dtype.itemsize,
     ).block_sizes()
-    # vLLM adds up the pools of data-parallel engines; a request lives in one of them.
-    num_blocks = vllm_config.cache_config.num_gpu_blocks
-    num_blocks //= vllm_config.parallel_config.data_parallel_size
+    # vLLM adds up the pools of the data-parallel engines this process talks to; a request lives in
+    # one of them.
+    parallel = vllm_config.parallel_config
+    num_engines = parallel.data_parallel_size
+    if parallel.local_engines_only:
+        num_engines = parallel.data_parallel_size_local
+    num_blocks = vllm_config.cache_config.num_gpu_blocks // num_engines
     return FullModeLimit(sizes.retained, sizes.residual, num_blocks - 1)

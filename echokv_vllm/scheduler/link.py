@@ -52,6 +52,7 @@ class PoolLink:
         """Remembers a request and the mode it names, if any, for as long as it lives."""
         self.max_model_len = max_model_len
         self._requests[request.request_id] = request
+        self.requested_modes.pop(request.request_id, None)  # of a request that had the id before
         if mode is not None:
             self.requested_modes[request.request_id] = mode
             weakref.finalize(request, self._forget, request.request_id)

@@ -26,18 +26,22 @@ def registered():
 
 def test_every_hook_is_present():
     assert hooks.missing_hooks() == []
+    assert hooks.missing_hooks(hooks.BEAM_HOOKS) == []
     assert hooks.is_tested(hooks.vllm_version())
 
 
 def patched_functions() -> dict[str, Any]:
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
 
     return {
         "get_attn_backend_cls": CpuPlatform.get_attn_backend_cls.__func__,
         "add_request": Scheduler.add_request,
+        "get_computed_blocks": KVCacheManager.get_computed_blocks,
         "process_inputs": InputProcessor.process_inputs,
+        "__init__": InputProcessor.__init__,
     }
 
 
@@ -71,7 +75,9 @@ def test_the_selected_backend_is_recognised(name, ours):
     [
         ("get_attn_backend_cls", ["cls", "selected_backend", "attn_selector_config"]),
         ("add_request", ["self", "request"]),
+        ("get_computed_blocks", ["self", "request"]),
         ("process_inputs", ["self", "request_id", "prompt", "params"]),
+        ("__init__", ["self", "vllm_config"]),
     ],
 )
 def test_patched_functions_start_with_the_arguments_we_read(name, leading):

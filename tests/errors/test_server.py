@@ -32,19 +32,23 @@ def served(folder):
     assert list(logs.glob("echokv-*")) == [], "the metrics files stay behind"
 
 
-def complete(served, mode=None, length=100, num_new=3):
+def complete(served, mode=None, length=100, num_new=3, **more):
     body = {"model": "tiny", "prompt": "x" * length, "max_tokens": num_new, "ignore_eos": True}
+    body |= more
     if mode is not None:
         body["vllm_xargs"] = {"echokv": mode}
     return served.post("/v1/completions", body)
 
 
-def chat(served, mode):
+def chat(served, mode, **more):
     messages = [{"role": "user", "content": "hello"}]
     return served.post(
         "/v1/chat/completions",
-        {"model": "tiny", "messages": messages, "max_tokens": 3, "vllm_xargs": {"echokv": mode}},
-    )
+        {
+            "model": "tiny", "messages": messages, "max_tokens": 3, **more,
+            "vllm_xargs": {} if mode is None else {"echokv": mode},
+        },
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("ask", [complete, chat])
@@ -57,6 +61,18 @@ def test_bad_mode_is_a_bad_request_and_the_server_lives(served, ask, mode):
     assert "'auto', 'full' and 'compressed'" in message and "Leave it out" in message
     status, answer = ask(served, "full")
     assert status == 200, answer
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_a_mode_beside_beam_search_is_a_bad_request(served, ask):
+    """vLLM's beam search would not hand it on."""
+    status, answer = ask(served, "full", use_beam_search=True, n=2)
+    assert status == 400, answer
+    message = answer["error"]["message"]
+    assert "vllm_xargs.echokv is 'full', and use_beam_search is on" in message
+    assert "Leave one of the two out" in message
+    status, answer = ask(served, None, use_beam_search=True, n=2)
+    assert status == 200 and len(answer["choices"]) == 2, answer
 
 
 def test_metrics_follow_the_requests(served):

@@ -28,6 +28,7 @@ def test_this_version_has_every_hook(messages):
     hooks.require_supported()
     assert messages == []
     assert hooks.missing_hooks(hooks.GRAPH_HOOKS) == []
+    assert hooks.missing_hooks(hooks.BEAM_HOOKS) == []
 
 
 def test_missing_hook_is_named(monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from echokv_vllm import compat
+from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.config import EchoConfigError
-from echokv_vllm.limits import FullModeLimit
+from echokv_vllm.limits import FullModeLimit, full_mode_limit
 
 
 @pytest.mark.parametrize(("retained", "residual"), [(16, 16), (48, 80), (64, 48), (32, 16)])
@@ -46,3 +47,27 @@ def test_prompts_of_either_form_count(given: str) -> None:
 
 def test_the_model_length_bounds_what_a_request_can_reach() -> None:
     FullModeLimit(16, 16, 53).check(400, 10_000, 410)
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "local_only", "num_summed"),
+    [(1, 1, False, 1), (4, 4, False, 4), (8, 2, True, 2), (4, 1, True, 1), (8, 2, False, 8)],
+)
+def test_the_pool_is_that_of_one_engine(
+    monkeypatch: pytest.MonkeyPatch, size: int, local: int, local_only: bool, num_summed: int
+) -> None:
+    """vLLM's clients add up the pools of the engines they manage: all, or those of their host."""
+    checkpoint = SimpleNamespace(
+        plan=SimpleNamespace(layers=[SimpleNamespace(retained=[0, 1])] * 4, num_kv_heads=4),
+        fingerprint=SimpleNamespace(head_dim=64),
+    )
+    monkeypatch.setattr(EchoCheckpoint, "load", lambda *args: checkpoint)
+    config = SimpleNamespace(
+        additional_config={"echokv": {"checkpoint": "x"}},
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(num_gpu_blocks=1000 * num_summed),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=size, data_parallel_size_local=local, local_engines_only=local_only
+        ),
+    )
+    assert full_mode_limit(config).num_pages == 999

@@ -1,0 +1,81 @@
+"""Sessions of streamed inputs: vLLM adds each under one id and keeps the first's request."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from echo_pool import settings
+from paged_world import World, prompt
+from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from echokv_vllm import compat
+from echokv_vllm.config import EchoConfigError
+from echokv_vllm.limits import FullModeLimit
+
+compat.patch_scheduler()
+
+
+def scheduler_of(world: World) -> Any:
+    """vLLM's scheduler with as much of it as adding a request touches."""
+    scheduler = object.__new__(Scheduler)
+    scheduler.kv_cache_manager = world.manager
+    scheduler.requests, scheduler.max_model_len = {}, world.max_model_len
+    scheduler.connector, scheduler.log_stats = None, False
+    scheduler.spec_decode_metrics_level = "none"
+    scheduler._enqueue_waiting_request = world.waiting.append
+    return scheduler
+
+
+def one_input(world: World, seed: int, mode: str | None, resumable: bool = True) -> Request:
+    extra = None if mode is None else {"echokv": mode}
+    params = SamplingParams(max_tokens=8, extra_args=extra)
+    return Request(
+        "session", prompt(40, seed), params, None, block_hasher=world.hasher, resumable=resumable
+    )
+
+
+@pytest.mark.parametrize("later", ["full", "compressed", None])
+def test_a_session_keeps_the_mode_of_its_first_input(later: str | None) -> None:
+    world = World(400, settings(), budget=200)
+    scheduler = scheduler_of(world)
+    scheduler.add_request(one_input(world, 1, "full"))
+    session = scheduler.requests["session"]
+    scheduler.add_request(one_input(world, 2, later))
+    gc.collect()  # the later input's request object is not kept by anyone
+    assert world.link.find_request("session") is session
+    assert world.link.requested_modes == {"session": "full"}
+    assert world.residual.ledger("session").requested == "full"
+
+
+def test_an_id_that_is_used_again_brings_no_mode_with_it() -> None:
+    world = World(400, settings(), budget=200)
+    scheduler = scheduler_of(world)
+    first = one_input(world, 1, "full", resumable=False)
+    scheduler.add_request(first)
+    scheduler.requests.clear()
+    scheduler.add_request(one_input(world, 2, None, resumable=False))
+    assert world.link.requested_modes == {}
+    assert first is not scheduler.requests["session"]
+
+
+@pytest.mark.parametrize(("resumable", "refused"), [(True, True), (False, False)])
+def test_a_pinned_session_must_fit_at_the_models_length(resumable: bool, refused: bool) -> None:
+    """It would wait for ever once its inputs have outgrown the pool."""
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    request = SimpleNamespace(
+        prompt_token_ids=[1] * 50, prompt_embeds=None, resumable=resumable,
+        sampling_params=SimpleNamespace(max_tokens=8),
+    )  # fmt: skip
+    cache = {"limit": FullModeLimit(16, 16, 53)}
+    if refused:
+        with pytest.raises(EchoConfigError, match="may reach 512 tokens"):
+            compat._check_length(config, cache, request)
+    else:
+        compat._check_length(config, cache, request)
+    cache["limit"] = FullModeLimit(16, 16, 64)
+    compat._check_length(config, cache, request)
