@@ -51,16 +51,14 @@ class NormalEquations:
         Args:
             ridge: Weight of `|W|^2` relative to the mean diagonal of `X'X`, so that its meaning
                 does not depend on the amount of data or the scale of X. The bias is not shrunk.
+                Inputs that were always zero get zero weights whatever it is.
 
         Raises:
             ValueError: If the system is singular to working precision.
         """
         num_inputs = len(self.xx) - int(self.bias)
-        diagonal = self.xx.diagonal()
-        shrink = torch.zeros_like(diagonal)
-        shrink[:num_inputs] = ridge * diagonal[:num_inputs].mean()
-        factor, info = torch.linalg.cholesky_ex(self.xx + torch.diag(shrink))
-        if int(info) != 0:
+        factor = ridge_factor(self.xx, ridge, num_inputs)
+        if factor is None:
             raise ValueError(
                 f"the {num_inputs} features of {self.num_rows} tokens are linearly dependent and "
                 f"ridge={ridge} does not repair it; raise the ridge or use more tokens"
@@ -83,6 +81,26 @@ class NormalEquations:
         Outputs that are all zero count as rebuilt exactly when the prediction is zero too.
         """
         return relative(self.squared_error(weights), self.yy.sum().item())
+
+
+def ridge_factor(xx: torch.Tensor, ridge: float, num_shrunk: int) -> torch.Tensor | None:
+    """Cholesky factor of `X'X` with a ridge on its diagonal.
+
+    Args:
+        xx: [size, size] float64.
+        ridge: Relative to the mean of the diagonal's first `num_shrunk` entries, which get it.
+        num_shrunk: The rest is a bias.
+
+    Returns:
+        Lower factor [size, size], or None if the matrix is singular to working precision.
+    """
+    diagonal = xx.diagonal()
+    added = torch.zeros_like(diagonal)
+    added[:num_shrunk] = ridge * diagonal[:num_shrunk].mean()
+    # The row and column of an input that is always zero, as of a pruned head, are zero, and so is
+    # its row of X'Y: with any positive number on the diagonal its weights come out as zero.
+    factor, info = torch.linalg.cholesky_ex(xx + torch.diag(added.masked_fill(diagonal == 0, 1.0)))
+    return factor if int(info) == 0 else None
 
 
 def relative(residual: float, total: float) -> float:

@@ -152,9 +152,12 @@ def shard_rows(plan: EchoPlan, layer: int) -> list[slice]:
 
 
 def _inverse_root(system: NormalEquations) -> torch.Tensor:
+    """`T` of the system's features (see above), float32 [feature_size, feature_size]."""
     moment = system.xx
     if system.bias:
         moment = moment[:-1, :-1]
-    values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
+    # Features that are all zero, as of pruned heads, have no size to be relative to.
+    mean = moment.diagonal().mean()
+    values, vectors = torch.linalg.eigh(moment / torch.where(mean > 0, mean, 1.0))
     scale = (values.clamp(min=0) + _FLOOR).rsqrt()
     return ((vectors * scale) @ vectors.T).float()

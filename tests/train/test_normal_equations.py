@@ -82,6 +82,24 @@ def test_dependent_features_need_a_ridge():
     )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+def test_inputs_that_are_always_zero_get_no_weight(ridge, bias):
+    """As those of a pruned head do; the others are fitted as if they were not there."""
+    x, y, _ = _data()
+    dead = torch.zeros_like(x)
+    found = _system(torch.cat([dead, x], dim=1), y, bias=bias).solve(ridge)
+    # The ridge is relative to the mean diagonal, and half of it is zero here.
+    alone = _system(x, y, bias=bias).solve(ridge / 2)
+    assert not found[:6].any()
+    torch.testing.assert_close(found[6:], alone)
+
+    nothing = _system(dead, y, bias=bias).solve(ridge)
+    assert not nothing[:6].any()
+    if bias:
+        torch.testing.assert_close(nothing[-1], y.mean(0))
+
+
 def test_relative_of_nothing():
     assert relative(0.0, 0.0) == 0.0 and relative(1.0, 0.0) == float("inf")
     zeros = _system(_data()[0], torch.zeros(200, 4, dtype=torch.float64))

@@ -84,6 +84,33 @@ def test_heads_that_nobody_listens_to_are_dropped(tiny_model, sequences, options
     assert [plan.discarded(layer) for layer in range(LAYERS)] == [(2,), (0,), (3,)]
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "heads", "parts"),
+    [
+        ((0, 1, 2), (0,), ("k_proj", "v_proj")),
+        ((0, 1, 2), (0,), ("v_proj",)),
+        ((0, 1, 2), (0,), ("k_proj",)),
+        ((1,), (0, 1, 2, 3), ("v_proj",)),
+        ((0, 1, 2), (0, 1, 2, 3), ("k_proj", "v_proj")),
+    ],
+)
+def test_pruned_heads_are_searched(
+    tiny_model, sequences, options, layers, heads, parts, uniform, ridge
+):
+    """Heads of zeros make second moments singular; no set of them may end the search."""
+    model = tiny_model()
+    for layer in layers:
+        attention = model.get_decoder().layers[layer].self_attn
+        with torch.no_grad():
+            for name in parts:
+                getattr(attention, name).weight.view(-1, DIM, 32)[list(heads)] = 0
+    plan = _search(model, sequences, options, ratio=0.25, uniform=uniform, ridge=ridge)
+    if len(heads) == 1 and uniform:
+        assert all(0 not in layer.retained for layer in plan.layers)
+
+
 def test_the_budget_goes_to_the_layer_that_matters(tiny_model, sequences, options):
     model = tiny_model()
     for layer in (0, 2):

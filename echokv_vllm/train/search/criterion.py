@@ -51,6 +51,8 @@ def output_moments(
     scaled = []
     for moment, metric in zip(moments.layer(layer), metrics, strict=True):
         shrink = max(ridge, _LEAST_RIDGE) * moment.diagonal().mean()
+        # Where a whole layer's keys or values are zero, the ridge still is not.
+        shrink = shrink.clamp_min(torch.finfo(torch.float64).tiny ** 0.25)
         moment = moment + shrink * torch.eye(len(moment)).to(moment)
         root = torch.block_diag(*_factors(metric))
         scaled.append(root.T @ moment @ root)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from echokv_vllm.train.normal_equations import ridge_factor
 from echokv_vllm.train.search.covariance import HeadAt, HeadMoments
 from echokv_vllm.train.search.probe import Probe
 from echokv_vllm.train.stage1 import block_shift
@@ -136,14 +137,21 @@ def exact_scores(probe: Probe, layer: int, scale: float) -> torch.Tensor:
 
 
 def solve_maps(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge solution as in `NormalEquations.solve`, from mean products in float64.
+    """Ridge solution as in `NormalEquations.solve`, from mean products.
+
+    Args:
+        gram: [feature_size, feature_size] float64.
+        product: [feature_size, num_outputs] float64.
+        ridge: Relative to the mean of the diagonal.
+
+    Returns:
+        [feature_size, num_outputs] float64; zero rows for features that are always zero.
 
     Raises:
         ValueError: If the system is singular to working precision.
     """
-    shrink = ridge * gram.diagonal().mean()
-    factor, info = torch.linalg.cholesky_ex(gram + shrink * torch.eye(len(gram)).to(gram))
-    if int(info) != 0:
+    factor = ridge_factor(gram, ridge, len(gram))
+    if factor is None:
         raise ValueError(
             f"{len(gram)} features are linearly dependent and ridge={ridge} does not repair it; "
             "raise the ridge or use more tokens"
