@@ -167,13 +167,14 @@ class EchoCheckpoint:
         is killed between two renames: what was overwritten is then beside it, `.NAME.old-*`.
 
         Args:
-            folder: Where to put it; must be absent or empty unless `overwrite` is set.
+            folder: Where to put it; must be absent or empty unless `overwrite` is set. Where it is
+                a symbolic link, the folder it points to is written and the link stays.
             overwrite: Replace a checkpoint that is already there.
             report: Text of an extra file `errors.md`.
             curves: Text of an extra file `curves.csv`.
 
         Returns:
-            The folder.
+            The folder, symbolic links followed.
 
         Raises:
             CheckpointError: If the folder may not be written to (see `check_destination`).
@@ -181,8 +182,7 @@ class EchoCheckpoint:
         """
         import safetensors.torch
 
-        target = Path(folder)
-        check_destination(target, overwrite)
+        target = check_destination(folder, overwrite)
         payload = safetensors.torch.save(
             {
                 f"layers.{layer}.{name}": tensor.detach().cpu().contiguous()
@@ -227,18 +227,33 @@ class EchoCheckpoint:
             )
 
 
-def check_destination(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a destination that would lose something.
+def check_destination(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Refuse a destination that would lose something or cannot be replaced as a whole.
+
+    Returns:
+        The absolute path, symbolic links followed.
 
     Raises:
-        CheckpointError: If `folder` is a file, holds a checkpoint and `overwrite` is not set, or
-            holds any file that is not part of a checkpoint.
+        CheckpointError: If `folder` is a file or a mount point, holds a checkpoint and `overwrite`
+            is not set, or holds any file that is not part of a checkpoint.
     """
-    target = Path(folder)
+    # A link would itself be renamed, and what it points to left alone.
+    target = Path(os.path.realpath(folder))
+    if target.is_symlink():
+        raise CheckpointError(
+            f"{os.fspath(folder)!r} leads to {str(target)!r}, a symbolic link that leads back to "
+            "itself; name a folder for the checkpoint"
+        )
     if not target.exists():
-        return
+        return target
     if not target.is_dir():
         raise CheckpointError(f"{str(target)!r} is a file; name a folder for the checkpoint")
+    if os.path.ismount(target):
+        raise CheckpointError(
+            f"folder {str(target)!r} is a mount point, and a checkpoint is put in place by "
+            "renaming its folder, which a mount point does not allow; name a folder inside it, "
+            f"such as {str(target / 'checkpoint')!r}"
+        )
     present = {entry.name for entry in target.iterdir()}
     foreign = sorted(present - {CONFIG_FILE, TENSOR_FILE, REPORT_FILE, CURVES_FILE})
     if foreign:
@@ -251,6 +266,7 @@ def check_destination(folder: str | os.PathLike[str], overwrite: bool = False) -
             f"folder {str(target)!r} already holds a checkpoint; allow overwriting or name "
             "another folder"
         )
+    return target
 
 
 def _resolve(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:

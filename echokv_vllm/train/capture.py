@@ -6,7 +6,7 @@ shows the tensors to a callback and then computes the same SDPA attention. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -43,7 +43,8 @@ def check_supported(hf_config: Any) -> None:
     """Refuse models whose cache EchoKV cannot describe.
 
     Raises:
-        ValueError: If the architecture is not supported or a sliding window is active.
+        ValueError: If the architecture is not supported, the weights are quantized or a sliding
+            window is active.
     """
     architecture = (getattr(hf_config, "architectures", None) or ["none"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
@@ -51,6 +52,7 @@ def check_supported(hf_config: Any) -> None:
             f"architecture {architecture!r} is not supported; allowed are "
             f"{', '.join(SUPPORTED_ARCHITECTURES)}"
         )
+    _check_unquantized(hf_config)
     window = getattr(hf_config, "sliding_window", None)
     if window is None or getattr(hf_config, "use_sliding_window", True) is False:
         return
@@ -63,6 +65,22 @@ def check_supported(hf_config: Any) -> None:
         raise ValueError(
             f"the model uses sliding_window={window}, but EchoKV supports full attention only; "
             "use a model whose config has no sliding window"
+        )
+
+
+def _check_unquantized(hf_config: Any) -> None:
+    """Quantized projections are packed or scaled integers of other names, if they load at all."""
+    for name in ("quantization_config", "compression_config"):
+        settings = getattr(hf_config, name, None)
+        if not settings:
+            continue
+        if not isinstance(settings, Mapping):  # transformers has a class for each method
+            settings = settings.to_dict()
+        raise ValueError(
+            f"the model's weights are quantized ({name} with "
+            f"quant_method={settings.get('quant_method')!r}), but maps are trained and measured "
+            "on unquantized weights (float32, bfloat16, float16) only; use the unquantized base "
+            "model"
         )
 
 

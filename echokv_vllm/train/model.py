@@ -28,12 +28,14 @@ def load_tokenizer(model: str) -> Any:
     """Tokenizer of a model folder or repo id.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has none, or needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model)
+    except ImportError as error:
+        raise ValueError(_lacks_package("tokenizer", model, error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {model!r} has no readable tokenizer ({_one_line(error)}); put the tokenizer "
@@ -45,7 +47,8 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Causal LM in eval mode on `device`.
 
     Raises:
-        ValueError: If the weights are missing, damaged or incomplete.
+        ValueError: If the weights are missing, damaged or incomplete, or in a form that needs a
+            package that is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -55,6 +58,8 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> Any:
         result: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, output_loading_info=True
         )
+    except ImportError as error:
+        raise ValueError(_lacks_package("weights", model, error)) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # RuntimeError: tensors of the wrong shape.
         raise ValueError(
@@ -101,6 +106,14 @@ def resolve_dtype(name: str, device: torch.device, hf_config: Any) -> torch.dtyp
         stored = getattr(hf_config, "dtype", None)
         return stored if isinstance(stored, torch.dtype) else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _lacks_package(part: str, model: str, error: ImportError) -> str:
+    return (
+        f"reading the {part} of model {model!r} needs a package that is not installed "
+        f"({_one_line(error)}); install it, or use a copy of the model with plain safetensors "
+        "weights and a tokenizer.json"
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from echokv_vllm.checkpoint import EchoCheckpoint, check_destination
+from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan
 from echokv_vllm.presets import load_plan
@@ -19,6 +22,7 @@ from echokv_vllm.train.capture import check_rotary, check_supported
 from echokv_vllm.train.curves import Curves, to_csv
 from echokv_vllm.train.data import TokenData, load_tokens
 from echokv_vllm.train.descent import DivergenceError
+from echokv_vllm.train.destination import prepare_destination
 from echokv_vllm.train.model import (
     load_config,
     load_model,
@@ -47,25 +51,19 @@ _FREE_OPTIONS = (
 
 def run_training(options: TrainOptions, command: str | None = None) -> TrainResult:
     """See `echokv_vllm.train.train`."""
-    check_destination(options.out, options.overwrite)
-    state_file = StateFile(options.out)
-    if not (options.resume or options.overwrite):
-        state_file.check_absent()
+    out, state_file = prepare_destination(options)
     device = resolve_device(options.device)
     config = load_config(options.model)
     check_supported(config)
-    fingerprint = ModelFingerprint.from_config(config, options.model)
-    given_plan = _given_plan(options, fingerprint)
+    shape = ModelFingerprint.from_config(config)
+    given_plan = _given_plan(options, shape)
     stage2 = _resolve_stage2(options, device)
     max_position = _check_lengths(options, stage2, config.max_position_embeddings)
     data = load_tokens(
         options.data, load_tokenizer(options.model), options.sequence_len, options.num_tokens
     )
     fit_sequences, heldout_sequences = data.split()
-    _check_enough_tokens(given_plan, fingerprint, options.shards, fit_sequences.numel())
-    identity = _identity(options, stage2, fingerprint, data)
-    saved = _saved_state(options, state_file, identity)
-    curves = Curves(options.curves, options.tensorboard)
+    _check_enough_tokens(given_plan, shape, options.shards, fit_sequences.numel())
 
     def save(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         state_file.save(identity, tensors, {**record, "plan": plan.to_dict()})
@@ -73,18 +71,22 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
     try:
         model = load_model(options.model, device, resolve_dtype(options.dtype, device, config))
         check_rotary(model, rotary_from_config(config))
-        plan = given_plan or _searched_plan(model, fit_sequences, options, max_position, saved)
-        material = Material(model, plan, fit_sequences, heldout_sequences, options, max_position)
-        stages = Stages(material, curves, save, _progress(options), saved)
-        trained = stages.train(stage2)
+        # Not before: loading a repo id for the first time is what fetches its weights.
+        fingerprint = ModelFingerprint.from_config(config, options.model)
+        identity = _identity(options, stage2, fingerprint, data, given_plan)
+        saved = _saved_state(options, state_file, identity)
+        with closing(Curves(options.curves, options.tensorboard)) as curves:
+            plan = given_plan or _searched_plan(model, fit_sequences, options, max_position, saved)
+            material = Material(
+                model, plan, fit_sequences, heldout_sequences, options, max_position
+            )
+            trained = Stages(material, curves, save, _progress(options), saved).train(stage2)
     except torch.OutOfMemoryError as error:
         raise ValueError(_out_of_memory(options, stage2, device)) from error
     except DivergenceError:
         # Continuing would only diverge again.
         state_file.delete()
         raise
-    finally:
-        curves.close()
 
     checkpoint = EchoCheckpoint(
         plan=plan,
@@ -97,7 +99,7 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
     num_fit, num_heldout = fit_sequences.numel(), heldout_sequences.numel()
     report = report_text(plan, options, max_position, trained, num_fit, num_heldout)
     points = to_csv(curves.points) if curves.points else None
-    folder = checkpoint.save(options.out, options.overwrite, report, points)
+    folder = checkpoint.save(out, options.overwrite, report, points)
     state_file.delete()
     return TrainResult(
         checkpoint, folder, trained.errors, num_fit, num_heldout, report, trained.descents
@@ -111,15 +113,24 @@ def _resolve_stage2(options: TrainOptions, device: torch.device) -> str:
 
 
 def _identity(
-    options: TrainOptions, stage2: str, fingerprint: ModelFingerprint, data: TokenData
+    options: TrainOptions,
+    stage2: str,
+    fingerprint: ModelFingerprint,
+    data: TokenData,
+    given_plan: EchoPlan | None,
 ) -> dict[str, Any]:
     """What must be the same for a run to be continued; JSON-able."""
+    content = None
+    if given_plan is not None:  # the option names a file at most, which may have been edited
+        text = json.dumps(given_plan.to_dict(), sort_keys=True)
+        content = hashlib.sha256(text.encode()).hexdigest()
     asked = {name: value for name, value in asdict(options).items() if name not in _FREE_OPTIONS}
     return {
         **asked,
         "stage2": stage2,
         "model fingerprint": fingerprint.to_dict(),
         "data tokens": data.tokens_sha256,
+        "plan content (SHA-256)": content,
     }
 
 
@@ -166,9 +177,9 @@ def _check_lengths(options: TrainOptions, stage2: str, context_len: int) -> int:
     return context_len if options.max_position is None else options.max_position
 
 
-def _given_plan(options: TrainOptions, fingerprint: ModelFingerprint) -> EchoPlan | None:
+def _given_plan(options: TrainOptions, model: ModelFingerprint) -> EchoPlan | None:
     """The plan the options name; None if it must be searched, for a ratio that can be reached."""
-    shape = fingerprint.num_layers, fingerprint.num_kv_heads
+    shape = model.num_layers, model.num_kv_heads
     if options.plan != SEARCHED_PLAN:
         return load_plan(options.plan, *shape, options.shards)
     ratio, uniform = options.searched_ratio, options.searches_uniform

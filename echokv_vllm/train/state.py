@@ -18,7 +18,7 @@ import torch
 
 from echokv_vllm.durable import write_file
 
-_FORMAT = "echokv-training-1"
+_FORMAT = "echokv-training-2"
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,11 @@ class StateFile:
     """Reads and writes the state of one run.
 
     Args:
-        out: Folder of the checkpoint to be.
+        out: Folder of the checkpoint to be, symbolic links followed.
     """
 
-    def __init__(self, out: str | os.PathLike[str]) -> None:
-        target = Path(out)
-        self.path = target.with_name(f".{target.name}.training")
+    def __init__(self, out: Path) -> None:
+        self.path = out.with_name(f".{out.name}.training")
 
     def check_absent(self) -> None:
         """Refuse to start anew over an unfinished run.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.capture import (
@@ -103,6 +104,28 @@ def test_architectures_are_checked(tiny_model):
     config.architectures = None
     with pytest.raises(ValueError, match="'none' is not supported"):
         check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "method"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "'awq'"),
+        ("quantization_config", {"quant_method": "fp8"}, "'fp8'"),
+        ("quantization_config", {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
+        ("quantization_config", BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes"),
+        ("compression_config", {"format": "pack-quantized"}, "None"),
+    ],
+)
+def test_quantized_weights_are_refused(tiny_model, name, settings, method):
+    config = tiny_model().config
+    config.architectures = ["LlamaForCausalLM"]
+    setattr(config, name, None)
+    check_supported(config)
+    setattr(config, name, settings)
+    with pytest.raises(ValueError, match=rf"{name} with quant_method=.*use the unquant") as caught:
+        check_supported(config)
+    assert method in str(caught.value)
 
 
 @pytest.mark.parametrize(

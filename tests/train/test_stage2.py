@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import resource
+import shutil
 import sys
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 
 from echokv_vllm.checkpoint import CURVES_FILE, TENSOR_FILE, EchoCheckpoint
 from echokv_vllm.cli import main as cli
+from echokv_vllm.fingerprint import weights_sha256
+from echokv_vllm.presets import preset_plan
 from echokv_vllm.train import TrainOptions, train
+from echokv_vllm.train import run as train_run
 from echokv_vllm.train.descent import DivergenceError, Training
 from echokv_vllm.train.stages import tensor_cores
 
@@ -212,6 +216,26 @@ def test_other_options_cannot_resume(interrupted, corpus, tmp_path):
     assert (tmp_path / "curves.csv").read_text().count("training") == 40
 
 
+def test_an_edited_plan_file_cannot_resume(options, tmp_path, monkeypatch):
+    """Maps that were trained so far belong to the heads of the plan as it was."""
+    file = tmp_path / "plan.json"
+    options = dataclasses.replace(options, plan=str(file))
+    content = preset_plan("local-0.5", 3, 4).to_dict()
+    file.write_text(json.dumps(content))
+    undo = _interrupt(monkeypatch, "II", 15)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    undo()
+    edited = json.loads(json.dumps(content))
+    edited["layers"][1] = {"retained": [2, 3], "sources": [{"layer": 1, "heads": [2, 3]}]}
+    file.write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=r"\(plan content .* was '\w+' and is now '\w+'\)"):
+        train(dataclasses.replace(options, resume=True))
+    file.write_text(json.dumps(content, indent=2))  # the same plan, written otherwise
+    train(dataclasses.replace(options, resume=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "plan.json"]
+
+
 def test_an_unfinished_run_is_not_lost_by_accident(interrupted, tmp_path):
     with pytest.raises(ValueError, match=r"unfinished training run.*resume.*overwrite"):
         train(interrupted)
@@ -230,6 +254,29 @@ def test_resume_without_a_state_starts_anew(options, capsys):
     options = dataclasses.replace(options, resume=True, progress=True, stage2_steps=2)
     train(options)
     assert "starting anew" in capsys.readouterr().err
+
+
+def test_weights_that_come_with_the_model_are_known(
+    options, tmp_path, tiny_model, save_model, monkeypatch
+):
+    """A repo id on first use: config and tokenizer are fetched first, weights when it is loaded."""
+    model = tmp_path / "model"
+    save_model(tiny_model(), model)
+    (model / "model.safetensors").rename(tmp_path / "hub.safetensors")
+    options = dataclasses.replace(options, model=str(model))
+    load = train_run.load_model
+
+    def fetch_and_load(*arguments):
+        shutil.copy(tmp_path / "hub.safetensors", model / "model.safetensors")
+        return load(*arguments)
+
+    monkeypatch.setattr(train_run, "load_model", fetch_and_load)
+    undo = _interrupt(monkeypatch, "II", 15)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    undo()
+    resumed = train(dataclasses.replace(options, resume=True))
+    assert resumed.checkpoint.fingerprint.weights_sha256 == weights_sha256(model, 3) is not None
 
 
 def _nan_at(monkeypatch, step):

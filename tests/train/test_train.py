@@ -9,6 +9,7 @@ import resource
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,6 +132,23 @@ def test_other_architectures(options, tiny_model, save_model, tmp_path, architec
     assert all(found.key < 1 and found.value < 1 for found in result.errors.values())
 
 
+@pytest.mark.parametrize("stage2", ["none", "o-mse", "kl"])
+def test_pruned_heads(options, tiny_model, save_model, tmp_path, stage2):
+    """The only source is a head of zeros: nothing to solve for, and whitening has no scale."""
+    model = tiny_model()
+    for layer in model.get_decoder().layers:
+        with torch.no_grad():
+            for name in ("k_proj", "v_proj"):
+                getattr(layer.self_attn, name).weight[:8] = 0
+    changes = {"plan": "local-0.25", "stage2": stage2, "stage2_steps": 2, "recent_tokens": 4}
+    result = train(
+        dataclasses.replace(options, model=save_model(model, tmp_path / "model"), **changes)
+    )
+    assert result.mean_key_error == result.mean_value_error == pytest.approx(1.0)
+    for maps in result.checkpoint.maps.values():
+        assert not maps.key.any() and not maps.value.any()
+
+
 def test_plan_file(options, tmp_path):
     plan = preset_plan("paper-0.7", 3, 4)
     path = tmp_path / "plan.json"
@@ -195,6 +213,12 @@ def _unsupported(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _quantized(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _dynamic_rope(folder):
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"].update(rope_type="dynamic", factor=2.0)
@@ -223,11 +247,12 @@ def _nan(weights):
     [
         (lambda f: (f / "config.json").unlink(), ["no readable config"]),
         (_unsupported, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        (_quantized, ["quant_method='gptq'", "unquantized base model"]),
         (_dynamic_rope, ["'dynamic'", "allowed are default"]),
         (_partial_rotary, ["rotates 8 of 8", "implies 4"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer"]),
         (lambda f: (f / "model.safetensors").unlink(), ["weights", "cannot be read"]),
-        (lambda f: (f / "model.safetensors").write_bytes(b"junk"), ["not safetensors"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b"junk"), ["weights", "cannot be read"]),
         (
             lambda f: _change_weights(f, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
             ["lacks 1 weights", "model.layers.1.mlp.up_proj.weight"],
@@ -248,6 +273,22 @@ def test_unusable_models_write_nothing(options, tiny_model, save_model, tmp_path
     for word in words:
         assert word in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("loader", "part"), [("AutoModelForCausalLM", "weights"), ("AutoTokenizer", "tokenizer")]
+)
+def test_absent_packages_are_named(options, tmp_path, monkeypatch, loader, part):
+    def refuse(*arguments, **settings):
+        raise ImportError("Loading this needs `somepackage`:\n`pip install somepackage`")
+
+    monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", refuse)
+    with pytest.raises(
+        ValueError, match=r"needs `somepackage`: `pip.*install it, or use"
+    ) as caught:
+        train(options)
+    assert f"reading the {part} of model {options.model!r}" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_absent_model(options):

@@ -250,6 +250,25 @@ def test_save_never_destroys(tmp_path):
         checkpoint.save(folder / "thesis.txt")
 
 
+def test_links_and_the_working_directory_name_the_folder(tmp_path, monkeypatch):
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    assert _checkpoint().save(link) == real
+    _checkpoint(rotation_block=7).save(link, overwrite=True)
+    assert EchoCheckpoint.load(real).rotation_block == 7
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+    monkeypatch.chdir(real)
+    assert _checkpoint(rotation_block=9).save(".", overwrite=True) == real
+    monkeypatch.chdir(tmp_path)
+    assert EchoCheckpoint.load(real).rotation_block == 9
+
+
+def test_mount_points_cannot_be_replaced():
+    with pytest.raises(CheckpointError, match=r"'/proc' is a mount point.* inside it"):
+        _checkpoint().save("/proc", overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_full_disk_leaves_no_half_checkpoint(tmp_path, overwrite):
     folder = tmp_path / "c"
