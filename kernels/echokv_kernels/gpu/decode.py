@@ -123,7 +123,8 @@ def _launch_absorbed(
         CHUNK=shape.chunk_len,
         RESIDUAL_BLOCK_SIZE=plan.residual_block_size,
         BLOCK_SIZE=features.block_size,
-        BLOCK_M=16,
+        # A KV head's queries, and what tensor cores want.
+        BLOCK_M=max(16, heads.group_pad),
         NUM_REQUESTS=triton.next_power_of_2(plan.max_reqs),
         NUM_ROWS=heads.num_rows,
         ROW_PAD=heads.row_pad,

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+HEAD_DIM_MULTIPLE = 32  # of rebuilding keys and values
+
 
 @dataclass(frozen=True)
 class DecodeTiles:
@@ -338,10 +340,10 @@ class RebuildTiles:
         """
         rows = min(128, tile_len & -tile_len)
         step = min(64, head_dim & -head_dim)
-        if rows < 16 or step < 32:
+        if rows < 16 or head_dim % HEAD_DIM_MULTIPLE:
             raise ValueError(
                 f"tiles of {tile_len} positions and heads of {head_dim} elements; use multiples "
-                "of 16 and of 32"
+                f"of 16 and of {HEAD_DIM_MULTIPLE}"
             )
         if itemsize > 2:
             return cls(min(rows, 64), 1, 32, num_stages=2)

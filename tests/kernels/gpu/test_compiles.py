@@ -21,6 +21,7 @@ CASES = [
     ("local-0.5", 0, 4, 4, 256),
     ("local-0.5", 64, 8, 4, 256),
     ("local-0.5", 64, 2, 16, 64),
+    ("local-0.5", 64, 4, 32, 128),
 ]
 NAMES = ("preset", "rotation_block", "num_kv_heads", "group", "head_dim")
 

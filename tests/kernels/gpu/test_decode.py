@@ -14,6 +14,7 @@ VARIANTS = {
     "plain": {},
     "one of many": {"group": 1, "num_echoed": 1, "sources": ((0, [2]),)},
     "wide group": {"group": 16, "head_dim": 64, "block_size": 48, "residual_block_size": 80},
+    "group beyond a tile": {"group": 24, "num_echoed": 1, "context_lens": (300, 63, 15, 170, 0)},
     "group of 3": {"group": 3, "block_size": 80, "num_echoed": 3},
     "layers": {"sources": ((1, None), (0, [2, 0])), "head_dim": 64, "block_size": 80},
     "anchor only": {"sources": ((1, None),), "group": 4, "bias": False},
@@ -34,7 +35,10 @@ def test_matches_its_parts(kit, device, variant, rotation_block):
 
 
 UNROTATED = {
-    **{name: VARIANTS[name] for name in ("plain", "group of 3", "layers", "partial")},
+    **{
+        name: VARIANTS[name]
+        for name in ("plain", "group beyond a tile", "group of 3", "layers", "partial")
+    },
     "anchor only": {"sources": ((1, None),), "group": 4, "bias": False, "num_echoed": 4},
     "interleaved": {"interleaved": True, "group": 4, "head_dim": 64, "num_echoed": 1},
     "wide head": {**VARIANTS["wide head"], "chunk_len": 256},
@@ -56,7 +60,9 @@ def test_unrotated_odd_lengths(kit, device, length):
 
 
 @pytest.mark.parametrize("rotation_block", [0, 48, 64, 256])
-@pytest.mark.parametrize("variant", ["plain", "layers", "partial", "many sources"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "group beyond a tile", "layers", "partial", "many sources"]
+)
 def test_two_loops(kit, device, variant, rotation_block):
     """As wide features take them: keys, then values; short tiles by half the warps."""
     for dtype in DTYPES[device.type]:
@@ -175,15 +181,15 @@ def test_reduces_items_of_few_and_of_many_requests(kit, device, monkeypatch, num
         ).check()  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["plain", "wide group", "partial"])
+@pytest.mark.parametrize("variant", ["plain", "wide group", "group beyond a tile", "partial"])
 def test_combines_many_requests_in_wide_tiles(kit, device, monkeypatch, variant):
     from echokv_kernels.gpu import decode
 
     monkeypatch.setattr(decode, "COMBINE", dataclasses.replace(decode.COMBINE, wide_from=1))
     for dtype in DTYPES[device.type]:
         Scene(
-            kit, device, dtype=dtype, context_lens=(65, 30, 100, 0, 77, 1) * 3, full=(1, 15),
-            **VARIANTS[variant],
+            kit, device, dtype=dtype, full=(1, 15),
+            **{**VARIANTS[variant], "context_lens": (65, 30, 100, 0, 77, 1) * 3},
         ).check()  # fmt: skip
 
 
