@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from echokv_vllm import compat
 from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.specs import EchoResidualSpec, EchoRetainedSpec, spec_like
+from echokv_vllm.worker.refusals import check_loaded
 from echokv_vllm.worker.step import EchoStep
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class EchoMetadataBuilder(AttentionMetadataBuilder[EchoMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         context = vllm_config.compilation_config.static_forward_context
         self.worker = context[layer_names[0]].impl.worker
+        check_loaded(self.worker.layer_names, vllm_config.load_config.load_format)
+        # Builders come before the cache they are for: the last moment to free one that only served
+        # to measure the memory of graphs.
+        self.worker.release_pool()
         self.opens = self.worker.retained_lead in layer_names
         self.completes = self.worker.residual_lead in layer_names
         if self.worker.gpu is not None:

@@ -14,6 +14,8 @@ SUPPORTED_ARCHITECTURES = (
 # schedules ahead of the drafts' verdict and bounds lengths as if all were accepted, but where a
 # prompt chunk ends must be known on the host (`compat.host_seq_lens`).
 _SERVED_DRAFTS = ("ngram", "suffix")
+# Its loader does not tell attention layers that the weights are there.
+_UNSERVED_LOAD_FORMAT = "tensorizer"
 
 
 class UnsupportedModelError(ValueError):
@@ -52,6 +54,14 @@ def check_vllm_config(vllm_config: Any) -> None:
         connector = vllm_config.kv_transfer_config.kv_connector
         _refuse(f"KV connectors ({connector})", "Leave --kv-transfer-config out")
     _check_parallel(vllm_config.parallel_config)
+    if model.enable_sleep_mode:
+        # Level 2 keeps no weights, and what vLLM loads again on waking up are the model's only.
+        _refuse(
+            "sleep mode (enable_sleep_mode=True), after which its maps would be lost",
+            "Leave --enable-sleep-mode out",
+        )
+    if vllm_config.load_config.load_format == _UNSERVED_LOAD_FORMAT:
+        _refuse(f"--load-format {_UNSERVED_LOAD_FORMAT}", "Leave --load-format at auto")
 
 
 def _check_parallel(parallel: Any) -> None:
@@ -64,6 +74,24 @@ def _check_parallel(parallel: Any) -> None:
             _refuse(f"{label} ({name}={size})", f"Set {name} to 1")
     if getattr(parallel, "use_ubatching", False):
         _refuse("dual batch overlap (--enable-dbo)", "Leave --enable-dbo out")
+
+
+def check_loaded(layer_names: list[str], load_format: str) -> None:
+    """Refuses to go on with a model whose loader left out what EchoKV relies on.
+
+    Args:
+        layer_names: The layers that have their roles.
+        load_format: The server's.
+
+    Raises:
+        UnsupportedModelError: No layer has one.
+    """
+    if not layer_names:
+        raise UnsupportedModelError(
+            f"The loader of --load-format {load_format} did not call "
+            "process_weights_after_loading of the attention layers, where EchoKV decides which "
+            "layer stores which heads. Use --load-format auto or another --attention-backend."
+        )
 
 
 def check_attention_type(config: Any) -> None:

@@ -132,6 +132,8 @@ class EchoWorker:
         settings: What the scheduler needs, for the specs.
         steps: Per-step metadata and page stamps.
         layer_names: This rank's attention layers in model order; empty before the model is loaded.
+        retained_lead: The layer whose metadata opens a step.
+        residual_lead: The layer whose metadata completes it.
         rotary: The model's rotary embedding, on the worker's device.
         gpu: What the GPU path keeps; None where attention is portable.
     """
@@ -146,6 +148,7 @@ class EchoWorker:
         self.device = device
         self.context = vllm_config.compilation_config.static_forward_context
         self.layer_names: list[str] = []
+        self.retained_lead = self.residual_lead = ""
         self._pool: tuple[int, int] | None = None
         # vLLM builds models with the accelerator as default device.
         with torch.device("cpu"):
@@ -180,18 +183,7 @@ class EchoWorker:
             )
             self.steps = self.gpu.steps
         elif device.type == "cuda":
-            from echokv_vllm.worker.gpu.flash import SERVED_VERSIONS, flash_version
-
-            logger.warning(
-                "EchoKV: %s with heads of %d elements runs on the portable path, without CUDA "
-                "graphs and several times slower; the GPU path needs float16 or bfloat16 and "
-                "vLLM's FlashAttention in version %s, and vLLM has version %s for this GPU "
-                "(--attention-config.flash_attn_version asks for another)",
-                model_config.dtype,
-                self.rotary.head_dim,
-                " or ".join(map(str, SERVED_VERSIONS)),
-                flash_version(self.rotary.head_dim),
-            )
+            _warn_of_portable_path(model_config.dtype, self.rotary.head_dim)
 
     def adopt_layers(self) -> None:
         """Gives every attention layer its role, once the model is loaded. May be called again.
@@ -205,16 +197,43 @@ class EchoWorker:
         for name in self.layer_names:
             self._add_layer(name, self.device)
         self.retained_lead, self.residual_lead = self._leads()
+        self._list_retained_first()
         if self.gpu is not None:
             self.gpu.adopt([self.context[name] for name in self.layer_names])
 
+    def _list_retained_first(self) -> None:
+        """Moves leading layers that retain nothing behind the others.
+
+        vLLM makes its groups in the order in which it finds the layers' specs here, and asks the
+        groups in that order for pages and metadata: R must come first.
+        """
+        for name in self.layer_names:
+            if name == self.retained_lead:
+                return
+            self.context[name] = self.context.pop(name)
+
+    def _bound_pool(self) -> tuple[int, int]:
+        cache = self.context[self.residual_lead].kv_cache
+        return cache.data_ptr(), cache.shape[0]
+
+    def release_pool(self) -> None:
+        """Lets go of a cache that vLLM has unbound, so that its memory is free for the next one.
+
+        Without one, or while it is still bound, nothing happens: captured graphs may use it.
+        """
+        if self._pool is None or self._pool == self._bound_pool():
+            return
+        self._pool = None
+        if self.gpu is not None:
+            self.gpu.release()
+
     def bind_pool(self) -> None:
         """Takes over the cache vLLM has bound; it may do so again (graph memory profiling)."""
-        cache = self.context[self.residual_lead].kv_cache
-        pool = (cache.data_ptr(), cache.shape[0])
+        pool = self._bound_pool()
         if pool == self._pool:
             return
         self._pool = pool
+        cache = self.context[self.residual_lead].kv_cache
         if self.gpu is not None:
             self.gpu.bind()
         self.steps.bind_pool(cache.shape[0], cache.device)
@@ -320,6 +339,20 @@ class EchoWorker:
 def query_heads(kv_heads: tuple[int, ...], group: int) -> torch.Tensor:
     """[len(kv_heads) * group] int64: the query heads that read some KV heads, in order."""
     return (torch.tensor(kv_heads)[:, None] * group + torch.arange(group)).flatten()
+
+
+def _warn_of_portable_path(dtype: torch.dtype, head_dim: int) -> None:
+    from echokv_kernels.gpu.launch import HEAD_DIM_MULTIPLE
+    from echokv_vllm.worker.gpu.flash import SERVED_VERSIONS, flash_version
+
+    logger.warning(
+        "EchoKV: %s with heads of %d elements runs on the portable path, without CUDA graphs and "
+        "several times slower; the GPU path needs float16 or bfloat16, heads of a multiple of %d "
+        "elements and vLLM's FlashAttention in version %s, and vLLM has version %s for this GPU "
+        "(--attention-config.flash_attn_version asks for another)",
+        dtype, head_dim, HEAD_DIM_MULTIPLE, " or ".join(map(str, SERVED_VERSIONS)),
+        flash_version(head_dim),
+    )  # fmt: skip
 
 
 def _scheduler_settings(

@@ -12,16 +12,21 @@ from echokv_vllm.worker.refusals import (
     UnsupportedModelError,
     check_attention_type,
     check_layer,
+    check_loaded,
     check_vllm_config,
 )
 
 
-def vllm_config(architectures=("LlamaForCausalLM",), encoder_decoder=False, **changes):
+def vllm_config(
+    architectures=("LlamaForCausalLM",), encoder_decoder=False, sleep_mode=False, **changes
+):
     values = dict(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(architectures=list(architectures)),
             is_encoder_decoder=encoder_decoder,
+            enable_sleep_mode=sleep_mode,
         ),
+        load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(
@@ -65,6 +70,14 @@ CONFIG_ROWS = {
         dict(parallel_config=parallel(prefill_context_parallel_size=4)),
         ["prefill_context_parallel_size=4", "to 1"],
     ),
+    "sleep mode": (
+        dict(sleep_mode=True),
+        ["sleep mode (enable_sleep_mode=True)", "Leave --enable-sleep-mode out"],
+    ),
+    "tensorizer": (
+        dict(load_config=SimpleNamespace(load_format="tensorizer")),
+        ["--load-format tensorizer", "Leave --load-format at auto"],
+    ),
     "DBO": (
         dict(parallel_config=parallel(use_ubatching=True)),
         ["dual batch overlap", "Leave --enable-dbo out"],
@@ -88,6 +101,7 @@ def test_configuration(row):
         dict(architectures=["Qwen3ForCausalLM"]),
         dict(speculative_config=SimpleNamespace(method="ngram")),
         dict(parallel_config=SimpleNamespace()),
+        dict(load_config=SimpleNamespace(load_format="runai_streamer")),
     ],
 )
 def test_supported_configurations_pass(changes):
@@ -135,3 +149,11 @@ def test_attention_type(field, fragment):
     setattr(selector, field, True)
     with pytest.raises(UnsupportedModelError, match=fragment):
         check_attention_type(selector)
+
+
+def test_loader_that_leaves_out_attention_layers():
+    check_loaded(["model.layers.0.self_attn.attn"], "custom")
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_loaded([], "custom")
+    for fragment in ("--load-format custom", "Use --load-format auto", "--attention-backend"):
+        assert fragment in str(caught.value)

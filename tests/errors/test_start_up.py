@@ -77,6 +77,18 @@ def test_draft_model(folder, tmp_path):
         pass
 
 
+def test_loader_that_leaves_out_attention_layers(folder, monkeypatch):
+    """As vLLM's tensorizer loader does, or one that another plugin registers."""
+    from vllm.model_executor.model_loader import base_loader
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
+    with (
+        pytest.raises(UnsupportedModelError, match=r"--load-format auto did not call .*Use"),
+        engine(folder / "model", folder / "checkpoint", max_model_len=256),
+    ):
+        pass
+
+
 def test_pool_too_small(folder):
     """vLLM's own check, which must count EchoKV's pages: 4 pages hold less than 512 tokens."""
     with (

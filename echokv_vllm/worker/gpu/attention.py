@@ -81,6 +81,10 @@ class GpuAttention:
         """Looks up where the pages lie; again whenever vLLM binds another cache."""
         self.echoed = [group.echoed(self.rank_layer.discarded, self.group) for group in self.groups]
 
+    def release(self) -> None:
+        """Lets go of the pages, which ``echoed`` would keep in memory."""
+        self.echoed = []
+
     def warm_up(self, max_model_len: int) -> None:
         """Compiles what prompt chunks need and capturing graphs does not run.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backends import fa_utils
 
+from echokv_kernels.gpu.launch import HEAD_DIM_MULTIPLE
+
 AOT_VERSION = 3  # the version that takes a schedule made ahead of time
-
-
 SERVED_VERSIONS = (2, 3)
 
 
@@ -24,8 +24,8 @@ def flash_version(head_dim: int) -> int | None:
 
 
 def is_served(head_dim: int) -> bool:
-    """Whether exact parts can go through vLLM's FlashAttention."""
-    return flash_version(head_dim) in SERVED_VERSIONS
+    """Whether vLLM's FlashAttention and all kernels take heads of this size."""
+    return head_dim % HEAD_DIM_MULTIPLE == 0 and flash_version(head_dim) in SERVED_VERSIONS
 
 
 def keys_and_values(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -154,6 +154,14 @@ class GpuWorker:
             self.device,
         )
 
+    def release(self) -> None:
+        """Forgets the pages of a cache that vLLM has unbound, and frees them."""
+        for layer in self.layers:
+            layer.release()
+        if self.device.type == "cuda":
+            # vLLM's own clean-up emptied it too early: the pages were still held.
+            torch.cuda.empty_cache()
+
     def bind(self) -> None:
         """Looks up the pages of all layers in a cache that vLLM has just bound."""
         for layer in self.layers:
