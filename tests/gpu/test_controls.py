@@ -61,10 +61,15 @@ def test_compressed_mode_is_the_portable_path(run: Run, plan: str) -> None:
     Distance.of(run(f"portable-{plan}"), compressed).check(noise_of(run))
 
 
-@pytest.mark.engines("stock", "full-{plan}-v2", "full-{plan}-v1", "compressed-{plan}")
+@pytest.mark.engines(
+    "stock", "full-{plan}-v2", "full-{plan}-v1", "compressed-{plan}", "traffic-{plan}-v2",
+    "traffic-{plan}-v1",
+)  # fmt: skip
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_request_waits_for_a_compiler(run: Run, plan: str) -> None:
-    for name in (f"full-{plan}-v2", f"full-{plan}-v1", f"compressed-{plan}"):
+    names = [f"{job}-{plan}-{runner}" for job in ("full", "traffic") for runner in RUNNERS]
+    names.append(f"compressed-{plan}")
+    for name in names:
         assert set(run(name)["compiled"]) <= set(run("stock")["compiled"]), name
 
 

@@ -86,10 +86,11 @@ class GpuAttention:
         self.echoed = []
 
     def warm_up(self, max_model_len: int) -> None:
-        """Compiles what prompt chunks need and capturing graphs does not run.
+        """Compiles what steps outside of graphs need and capturing graphs does not run.
 
         Otherwise the first requests of a server would wait for it. Nothing is written: all tokens
-        are padding.
+        are padding. Model Runner V1 captures no steps of compressed requests alone, and without
+        graphs nothing is run at all.
 
         Args:
             max_model_len: Tokens of a request at most.
@@ -106,6 +107,24 @@ class GpuAttention:
             self.store(fresh, fresh, self.layer.kv_cache, padding, residual, slots)
         if self.echoed:
             self.rounds.warm_up(self.echoed, max_model_len)
+            for kind in (StepKind.MIXED, StepKind.COMPRESSED):
+                # Every choice of tiles goes one way for few requests and the other for many.
+                for num_reqs in sorted({1, self.steps.max_reqs}):
+                    self._warm_up_decode(num_reqs, kind)
+
+    def _warm_up_decode(self, num_reqs: int, kind: StepKind) -> None:
+        impl = self.layer.impl
+        query, fresh, output = (
+            torch.zeros(
+                num_reqs, heads, self.head_dim,
+                dtype=self.memory.workspace.dtype, device=impl.device,
+            )
+            for heads in (impl.num_heads, impl.num_kv_heads, impl.num_heads)
+        )  # fmt: skip
+        self._decode(
+            query, fresh, fresh, self.layer.kv_cache, impl.residual_layer.kv_cache,
+            self.steps.idle_decodes(num_reqs, kind), output,
+        )  # fmt: skip
 
     def has_paired_pages(self) -> bool:
         """Whether the D page of a block lies where its R page would."""

@@ -200,6 +200,36 @@ class GpuStepBuilder:
             )
         return step
 
+    def idle_decodes(self, num_reqs: int, kind: StepKind) -> GpuStep:
+        """A step of padding alone, to launch kernels with before any step was planned.
+
+        Args:
+            num_reqs: Decodes it pretends to have.
+            kind: Of the step.
+        """
+        assert self.step is not None, "echokv: no step shows how vLLM lays out its tables"
+        like = self.step.retained_table
+        zeros = torch.zeros(num_reqs + 1, dtype=torch.int32, device=like.device)
+        # Kernels are compiled for strides: a table must have those of vLLM's.
+        table = torch.zeros(num_reqs, like.stride(0), dtype=torch.int32, device=like.device)
+        table = table[:, : like.shape[1]]
+        step = GpuStep(
+            kind=kind,
+            num_tokens=num_reqs,
+            num_reqs=num_reqs,
+            num_decodes=num_reqs,
+            max_seq_len=1,
+            query_start_loc=zeros[: num_reqs + 1],
+            seq_lens=torch.zeros_like(zeros[:num_reqs]),
+            retained_table=table,
+            retained_slots=zeros[:num_reqs],
+            residual_table=table,
+            decodes=None,
+            prefill=None,
+        )
+        self._schedule_decodes(step)
+        return step
+
     def _check_promises(self) -> None:
         """The device looks at every page anyway; what it found comes a step or two late."""
         if self.plan.broken.numpy()[0]:
