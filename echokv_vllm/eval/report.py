@@ -13,7 +13,7 @@ import torch
 from echokv_vllm.eval.divergence import Divergence
 from echokv_vllm.eval.footprint import Footprint
 from echokv_vllm.eval.heatmap import PICTURE_FILE, draw, heatmap_markdown
-from echokv_vllm.eval.interval import grouped_bootstrap, mean_estimate, score_estimate
+from echokv_vllm.eval.interval import grouped_mean, share_estimate
 
 JSON_FILE = "eval.json"
 MARKDOWN_FILE = "eval.md"
@@ -74,14 +74,14 @@ def task_row(
         **head,
         "measure": task,
         "samples": len(scores),
-        "score": asdict(score_estimate(mine, seed)),
+        "score": asdict(grouped_mean([mine], seed)),
         "full": None,
         "scores": list(scores),
     }
     if full_scores is not None:
         full = torch.tensor(full_scores, dtype=torch.float64)
-        row["full"] = asdict(score_estimate(full, seed))
-        row["difference"] = asdict(mean_estimate(mine - full, seed))
+        row["full"] = asdict(grouped_mean([full], seed))
+        row["difference"] = asdict(grouped_mean([mine - full], seed, least=-1.0))
         row["full_scores"] = list(full_scores)
     return row
 
@@ -102,24 +102,24 @@ def mean_row(
         full_groups: The same prompts with the full cache.
         seed: Seed of the intervals.
     """
-    pairs = zip(groups, full_groups if full_groups is not None else groups, strict=True)
-    columns = [torch.tensor(pair, dtype=torch.float64).T for pair in pairs]
+    mine = [torch.tensor(group, dtype=torch.float64) for group in groups]
     row = {
         **head,
         "measure": measure,
         "samples": sum(map(len, groups)),
-        "score": asdict(grouped_bootstrap(columns, lambda means: means[:, 0], seed)),
+        "score": asdict(grouped_mean(mine, seed)),
         "full": None,
     }
     if full_groups is not None:
-        row["full"] = asdict(grouped_bootstrap(columns, lambda means: means[:, 1], seed))
+        full = [torch.tensor(group, dtype=torch.float64) for group in full_groups]
+        pairs = list(zip(mine, full, strict=True))
+        row["full"] = asdict(grouped_mean(full, seed))
         row["difference"] = asdict(
-            grouped_bootstrap(columns, lambda means: means[:, 0] - means[:, 1], seed)
+            grouped_mean([score - whole for score, whole in pairs], seed, least=-1.0)
         )
-        if row["full"]["low"] > 0:
-            row["share_of_full"] = asdict(
-                grouped_bootstrap(columns, lambda means: means[:, 0] / means[:, 1], seed)
-            )
+        share = share_estimate([torch.stack(pair, 1) for pair in pairs], seed)
+        if share is not None:
+            row["share_of_full"] = asdict(share)
     return row
 
 

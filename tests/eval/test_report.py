@@ -87,10 +87,13 @@ def test_a_mean_weighs_groups_alike_and_compares_the_same_prompts():
     assert row["difference"]["value"] == pytest.approx(-0.25) and row["samples"] == 100
     share = row["share_of_full"]
     assert share["value"] == pytest.approx(0.75) and 0.5 < share["low"] < 0.7 < share["high"]
-    assert "100.00 % [100.00, 100.00]; score is 75.00 % [" in markdown(report_of([row]))
-    # Equal answers differ by nothing, however much the scores spread.
-    same = mean_row(head, "mean", [hard, easy], [hard, easy], seed=0)
-    assert same["difference"] == {"value": 0, "low": 0, "high": 0}
+    # A hundred right answers do not show that all are.
+    assert row["full"]["low"] == pytest.approx(0.025 ** (1 / 20))
+    text = markdown(report_of([row]))
+    assert "100.00 % [83.16, 100.00]; score is 75.00 % [" in text
+    # Equal answers differ by little, however much the scores spread.
+    same = mean_row(head, "mean", [hard, easy], [hard, easy], seed=0)["difference"]
+    assert same["value"] == 0 and -0.17 < same["low"] < 0 < same["high"] < 0.17
     nothing = mean_row(head, "mean", [[0.0] * 4], [[0.0] * 4], seed=0)
     assert "share_of_full" not in nothing
     assert mean_row(head, "mean", [hard], None, 0)["full"] is None
