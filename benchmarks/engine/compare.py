@@ -186,7 +186,7 @@ def main() -> int:
         models = [
             sys.executable, str(HERE / "models.py"), str(work / "bench"), "--plan", args.plan,
             "--rotation-block", str(args.rotation_block), "--vocab-size", str(args.vocab_size),
-            *(["--tiny"] if args.tiny else []),
+            *(["--shape", "tiny"] if args.tiny else []),
         ]  # fmt: skip
         subprocess.run(models, env=env, check=True, stdout=subprocess.DEVNULL)
         for index, config in enumerate(args.configs):

@@ -1,6 +1,7 @@
 """The benchmark's model: a Llama folder without weights, and a random EchoKV checkpoint for it.
 
-    python benchmarks/engine/models.py FOLDER [--tiny] [--plan local-0.5] [--rotation-block 64]
+    python benchmarks/engine/models.py FOLDER [--shape 70b] [--shards 4] [--plan local-0.5]
+        [--rotation-block 64]
 
 writes FOLDER/model (config and byte tokenizer, for `load_format="dummy"`) and FOLDER/echokv. Speed
 depends on shapes alone, so nothing is downloaded. Maps are random and small.
@@ -28,10 +29,17 @@ LLAMA_8B: dict[str, Any] = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
+# Llama-3.1-70B, as wide for a rank of four as the 8B model but for the KV heads: two each.
+LLAMA_70B: dict[str, Any] = dict(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
 TINY: dict[str, Any] = dict(
     hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=4, head_dim=32,
 )  # fmt: skip
+
+SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "tiny": TINY}
 
 
 def write_model(folder: Path, shape: dict[str, Any], vocab_size: int = VOCAB_SIZE) -> Path:
@@ -39,7 +47,7 @@ def write_model(folder: Path, shape: dict[str, Any], vocab_size: int = VOCAB_SIZ
 
     Args:
         folder: Created when missing.
-        shape: ``LLAMA_8B``, ``TINY`` or other arguments of ``LlamaConfig``.
+        shape: One of ``SHAPES`` or other arguments of ``LlamaConfig``.
         vocab_size: Rows of the embedding and the output projection, at least 260.
 
     Raises:
@@ -73,7 +81,7 @@ def write_model(folder: Path, shape: dict[str, Any], vocab_size: int = VOCAB_SIZ
 
 
 def write_checkpoint(
-    folder: Path, model: Path, plan_name: str, rotation_block: int, seed: int = 0
+    folder: Path, model: Path, plan_name: str, rotation_block: int, shards: int = 1, seed: int = 0
 ) -> Path:
     """Writes random bfloat16 maps of a preset.
 
@@ -82,12 +90,13 @@ def write_checkpoint(
         model: Model folder; it has no weights, so the fingerprint's weight hash is None.
         plan_name: Preset name or plan file.
         rotation_block: Tokens per rotation block, 1 for un-rotated keys.
+        shards: Tensor-parallel ranks that the plan can be served with.
         seed: Seed of the maps.
     """
     from transformers import AutoConfig
 
     fingerprint = ModelFingerprint.from_config(AutoConfig.from_pretrained(model), model)
-    plan = load_plan(plan_name, fingerprint.num_layers, fingerprint.num_kv_heads)
+    plan = load_plan(plan_name, fingerprint.num_layers, fingerprint.num_kv_heads, shards)
     generator = torch.Generator().manual_seed(seed)
     maps = {}
     for layer in range(plan.num_layers):
@@ -112,14 +121,18 @@ def write_checkpoint(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="a shape for a CPU")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="tiny is for a CPU")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--plan", default="local-0.5", help="preset name or plan file")
     parser.add_argument("--rotation-block", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     args = parser.parse_args()
-    shape = TINY if args.tiny else LLAMA_8B
+    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     model = write_model(args.folder / "model", shape, args.vocab_size)
-    checkpoint = write_checkpoint(args.folder / "echokv", model, args.plan, args.rotation_block)
+    checkpoint = write_checkpoint(
+        args.folder / "echokv", model, args.plan, args.rotation_block, args.shards
+    )
     print(json.dumps({"model": str(model), "checkpoint": str(checkpoint)}))
 
 

@@ -2,12 +2,13 @@
 
 A module lists its engines in `jobs()` and marks each test with the names of those it looks at,
 `@pytest.mark.engines("stock", "full-{plan}")`; the test's parameters fill in the braces. Only what
-the selected tests need is started, all of it at once.
+the selected tests need is started, all of it at once. `MODEL` changes the shape of the model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -21,7 +22,8 @@ import pytest
 from tiny_models import write_checkpoint, write_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "gpu_engine.py"
-NUM_PROCESSES = 7
+# Starting an engine keeps a few cores busy.
+NUM_PROCESSES = max(7, (os.cpu_count() or 1) // 4)
 # Far above what any takes: ranks that wait for each other would never end.
 JOB_SECONDS = 600
 MAX_TOKENS = 48
@@ -36,10 +38,11 @@ def prompts() -> list[list[int]]:
 
 
 def needed_jobs(items: list[pytest.Item], path: Path) -> set[str]:
-    """Names in the `engines` marks of a module's selected tests."""
+    """Names in the `engines` marks of a module's selected tests, but for those to be skipped."""
     names = set()
     for item in items:
-        if item.path == path:
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        if item.path == path and not skipped:
             call = getattr(item, "callspec", None)
             parameters = call.params if call else {}
             for mark in item.iter_markers("engines"):
@@ -60,7 +63,8 @@ def run(
     folder = tmp_path_factory.mktemp("gpu")
     jobs = request.module.jobs()
     needed = needed_jobs(request.session.items, request.path)
-    model = write_model(folder / "m", num_layers=4, hidden_size=512, head_dim=64)
+    shape = {"num_layers": 4, "hidden_size": 512, "head_dim": 64}
+    model = write_model(folder / "m", **(shape | getattr(request.module, "MODEL", {})))
     checkpoints = {}
     for plan in sorted({jobs[name]["plan"] for name in needed} - {None}):
         preset, _, shards = plan.partition("/")

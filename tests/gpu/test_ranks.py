@@ -1,4 +1,4 @@
-"""Two GPUs: tensor-parallel ranks serve shards of the plan, pipeline ranks layers of it.
+"""Two or four GPUs: tensor-parallel ranks serve shards of the plan, pipeline ranks layers of it.
 
 Ranks are processes with block pools of their own; one scheduler decides for all of them which pages
 are dropped, and each finds by its own stamps what it may read.
@@ -6,6 +6,7 @@ are dropped, and each finds by its own stamps what it may read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,32 @@ import pytest
 import torch
 from distance import Distance
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
-]
+pytestmark = pytest.mark.gpu
 
-PLAN = "local-0.5/2"
+# Of two KV heads of a rank of four, one is retained; a rank of two has two such pairs.
+MODEL = {"num_kv_heads": 8}
+PLAN = "local-0.5/4"
 PARALLEL = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2},
+    "tensor-4": {"tensor_parallel_size": 4},
+    "tensor-pipeline": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
 }
+
+
+def num_ranks(kind: str) -> int:
+    return math.prod(PARALLEL[kind].values())
+
+
+KINDS = [
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(
+            torch.cuda.device_count() < num_ranks(kind), reason=f"needs {num_ranks(kind)} GPUs"
+        ),
+    )
+    for kind in PARALLEL
+]
 Run = Callable[[str], dict[str, Any]]
 
 
@@ -48,18 +65,18 @@ def jobs() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.engines("stock", "triton", "stock-{kind}", "full-{kind}")
-@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_full_mode_is_stock(run: Run, kind: str) -> None:
     full = run(f"full-{kind}")
     print(full["engine"])
     assert "FULL" in full["engine"]["graphs"]
-    assert len(full["engine"]["ranks"]) == 2
+    assert len(full["engine"]["ranks"]) == num_ranks(kind)
     noise = Distance.of(run("stock"), run("triton"))
     Distance.of(run(f"stock-{kind}"), full).check(noise)
 
 
 @pytest.mark.engines("stock", "stock-{kind}", "compressed", "compressed-{kind}")
-@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_compressed_mode_is_that_of_one_rank(run: Run, kind: str) -> None:
     compressed = run(f"compressed-{kind}")
     assert compressed["tokens"] != run("stock")["tokens"]
@@ -69,8 +86,8 @@ def test_compressed_mode_is_that_of_one_rank(run: Run, kind: str) -> None:
 
 
 @pytest.mark.engines("traffic-{kind}")
-@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_traffic_under_pressure_reads_no_foreign_page(run: Run, kind: str) -> None:
     answer = run(f"traffic-{kind}")
-    assert len(answer["ranks"]) == 2
+    assert len(answer["ranks"]) == num_ranks(kind)
     pressure_traffic.check(answer)
