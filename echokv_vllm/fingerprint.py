@@ -16,6 +16,9 @@ from echokv_vllm.rope import head_dim_of, normalized_rope
 _HASHED_BYTES_PER_TENSOR = 64 * 1024
 # A safetensors header is metadata only; anything longer means that the file is something else.
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
+# Dtypes whose bytes are the weights. A quantized copy of a base model may keep the tensors' names
+# and hold codes, which say nothing about what they were made from.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ModelFingerprint:
         rope: Output of `normalized_rope`.
         weights_sha256: Hex digest over the raw bytes of (up to) the first 64 KiB of the K and V
             projection weights of the first and the last layer, or None when the files were not at
-            hand. It depends on the stored dtype.
+            hand or hold quantized weights. It depends on the stored dtype.
     """
 
     architecture: str
@@ -133,7 +136,7 @@ def weights_sha256(
 
     Returns:
         Hex digest, or None when the folder (or the local cache of the repo id) does not hold the
-        safetensors files or the tensors have other names.
+        safetensors files, or the tensors have other names or are quantized.
 
     Raises:
         ValueError: If a file is not valid safetensors.
@@ -185,11 +188,11 @@ def _file_of_tensor(
 
 
 def _read_tensor_start(path: Path, name: str) -> bytes | None:
-    """First bytes of one tensor; None when the file does not hold it."""
+    """First bytes of one tensor; None when the file does not hold it, or a quantized one."""
     with path.open("rb") as file:
         header = _read_header(file, path)
         entry = header.get(name)
-        if entry is None:
+        if entry is None or entry["dtype"] not in _WEIGHT_DTYPES:
             return None
         start, end = entry["data_offsets"]
         file.seek(start, os.SEEK_CUR)

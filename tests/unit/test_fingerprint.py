@@ -93,6 +93,20 @@ def test_a_repo_id_is_looked_up_in_the_local_cache(tmp_path, monkeypatch):
     assert weights_sha256("owner/model", 3, "other") is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantized_weights_give_no_hash(tmp_path, dtype):
+    """Codes under the names of the weights they stand for: a quantized copy of the base model."""
+    base = _fingerprint(_save_model(tmp_path / "base"))
+    path = _save_model(tmp_path / "quantized") / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.2.self_attn.v_proj.weight"
+    weights[name] = (weights[name] * 64).to(dtype)
+    save_file(weights, path)
+    quantized = _fingerprint(path.parent)
+    assert quantized.weights_sha256 is None
+    assert base.differences(quantized) == {}
+
+
 @pytest.mark.parametrize(
     "payload", [b"", b"version https://git-lfs", (10).to_bytes(8, "little") + b"{not json}"]
 )
