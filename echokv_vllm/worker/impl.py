@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from echokv_vllm.worker.backend import EchoMetadata
 from echokv_vllm.worker.portable import PortableAttention
 from echokv_vllm.worker.rank_plan import RankLayer
-from echokv_vllm.worker.refusals import check_layer, check_vllm_config
+from echokv_vllm.worker.refusals import check_cache_dtype, check_layer, check_vllm_config
 
 if TYPE_CHECKING:
     from echokv_vllm.worker.topology import EchoGroupMaps, EchoWorker
@@ -64,6 +64,8 @@ class EchoKVImpl(AttentionImpl[EchoMetadata]):
         self.device = torch.device(self.vllm_config.device_config.device)
         # The first layer reads the checkpoint here: a bad one must not cost a model load.
         self.worker: EchoWorker = worker_of(self)
+        if self.worker.gpu is not None:
+            check_cache_dtype(kv_cache_dtype, self.vllm_config.model_config.dtype)
         self.rank_layer: RankLayer
         self.groups: list[EchoGroupMaps]
         self.attention: Any

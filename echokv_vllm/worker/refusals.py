@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -135,3 +137,19 @@ def check_layer(
     given = sorted(name for name, value in extra.items() if value is not None)
     if given:
         _refuse(f"the attention options {', '.join(given)}", "Serve a model without them")
+
+
+def check_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> None:
+    """Refuses a cache of another dtype than the model's where kernels multiply the two.
+
+    The portable path converts; FlashAttention and the kernels of the GPU path take one dtype.
+
+    Raises:
+        UnsupportedModelError: They differ.
+    """
+    model_dtype = str(dtype).removeprefix("torch.")
+    if kv_cache_dtype not in ("auto", model_dtype):
+        _refuse(
+            f"--kv-cache-dtype {kv_cache_dtype} on a GPU for a model in {model_dtype}",
+            "Leave --kv-cache-dtype at auto",
+        )

@@ -7,10 +7,12 @@ vLLM's own objects have these fields is checked by tests/contract and by every e
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from echokv_vllm.worker.refusals import (
     UnsupportedModelError,
     check_attention_type,
+    check_cache_dtype,
     check_layer,
     check_loaded,
     check_vllm_config,
@@ -138,6 +140,13 @@ def test_layer(row):
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "float32"])
 def test_plain_layers_pass(dtype):
     check_layer(**{**LAYER, "kv_cache_dtype": dtype, "extra": {"sinks": None}})
+
+
+def test_cache_dtype_of_gpu_kernels():
+    check_cache_dtype("auto", torch.float16)
+    check_cache_dtype("float16", torch.float16)
+    with pytest.raises(UnsupportedModelError, match=r"--kv-cache-dtype float16 .*bfloat16"):
+        check_cache_dtype("float16", torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,24 @@ def test_draft_model(folder, tmp_path):
         pass
 
 
+def test_cache_dtype_other_than_the_models_on_a_gpu(folder, tmp_path, monkeypatch):
+    """FlashAttention and the kernels take one dtype: such a server died at its first request."""
+    from echokv_vllm import compat
+    from echokv_vllm.worker.gpu import worker as gpu_worker
+
+    monkeypatch.setattr(compat, "has_gpu_kernels", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(gpu_worker, "flash_version", lambda head_dim: 3)
+    model = without_weights(folder / "model", tmp_path / "model")
+    options = {"dtype": "float16", "kv_cache_dtype": "bfloat16"}
+    with (
+        pytest.raises(UnsupportedModelError) as caught,
+        engine(model, folder / "checkpoint", {"step_kinds": False}, **options),
+    ):
+        pass
+    for fragment in ("--kv-cache-dtype bfloat16", "float16", "Leave --kv-cache-dtype at auto"):
+        assert fragment in str(caught.value)
+
+
 def test_loader_that_leaves_out_attention_layers(folder, monkeypatch):
     """As vLLM's tensorizer loader does, or one that another plugin registers."""
     from vllm.model_executor.model_loader import base_loader
