@@ -51,10 +51,13 @@ def rank_layers(plan: EchoPlan, rank: int, tp_size: int) -> tuple[RankLayer, ...
         ValueError: The plan's shards cannot be dealt out to the ranks.
     """
     if plan.shards % tp_size:
+        way_out = f", or train with --shards {tp_size}"
+        if plan.num_kv_heads % tp_size:
+            way_out = f"; no plan can deal the model's {plan.num_kv_heads} KV heads to {tp_size}"
         raise ValueError(
             f"The checkpoint's plan {plan.name!r} has {plan.shards} head shard(s), which cannot be "
             f"served with --tensor-parallel-size {tp_size}: the ranks would need each other's "
-            f"heads. Use a size that divides {plan.shards}, or train with --shards {tp_size}."
+            f"heads. Use a size that divides {plan.shards}{way_out}."
         )
     heads_per_rank = plan.num_kv_heads // tp_size
     own = range(rank * heads_per_rank, (rank + 1) * heads_per_rank)

@@ -66,6 +66,16 @@ def test_plan_whose_shards_do_not_fit_the_tensor_parallel_size(shards, tp_size):
     assert f"train with --shards {tp_size}" in message
 
 
+@pytest.mark.parametrize("tp_size", [3, 16])
+def test_ranks_that_cannot_share_the_heads_at_all(tp_size):
+    """No training helps: heads are whole, and a rank without any of its own would copy others'."""
+    with pytest.raises(ValueError) as caught:
+        rank_layers(preset_plan("local-0.5", 2, 8, 2), 0, tp_size)
+    message = str(caught.value)
+    assert f"--tensor-parallel-size {tp_size}" in message and "8 KV heads" in message
+    assert "divides 2" in message and "--shards" not in message
+
+
 @pytest.mark.parametrize(
     ("name", "num_kv_heads", "shards", "fragments"),
     [
