@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from echokv_kernels.gpu.heads import EchoedHeads
-from echokv_kernels.gpu.launch import UNROTATED, DecodeTiles
+from echokv_kernels.gpu.launch import UNROTATED, DecodeTiles, num_programs
 from echokv_kernels.gpu.unrotated import unrotated_sizes
 from echokv_kernels.step_plan import Shares
 
 LINE_BYTES = 256 << 20  # 1M tokens of an 8B model at rotation block 64, 4M at 256
+OWN_LINE_BYTES = 512 << 20  # short rotation blocks of models with many KV heads get shorter chunks
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,14 @@ class DecodeShape:
             )
         while chunk_len % block_len or rotation_block % block_len:
             block_len //= 2
-        return cls(rotation_block, chunk_len, max(1, chunk_len // rotation_block), block_len)
+        num_blocks = max(1, chunk_len // rotation_block)
+        if num_blocks > 1 and groups:
+            device, dtype = groups[0].maps.key.device, groups[0].maps.key.dtype
+            block_bytes = max(line_size(group) for group in groups) * dtype.itemsize
+            block_bytes *= num_programs(device, rotation_block, tiles)
+            num_blocks = max(1, min(num_blocks, OWN_LINE_BYTES // block_bytes))
+            chunk_len = num_blocks * rotation_block
+        return cls(rotation_block, chunk_len, num_blocks, block_len)
 
     @property
     def item_align(self) -> int:

@@ -210,6 +210,29 @@ def test_tiles_follow_the_batch(kit, device, group_pad, head_dim):
         assert (rows + columns) * dim_pad * 4 * stages <= 227 * 1024
 
 
+@pytest.mark.parametrize("rotation_block", [16, 32, 256])
+def test_scratch_of_many_wide_heads_is_bounded(kit, monkeypatch, rotation_block):
+    """Forty heads that read forty: lines of 400 KB, for each rotation block of each program."""
+    from echokv_kernels.gpu import scratch
+    from echokv_kernels.gpu.heads import EchoedHeads
+    from echokv_kernels.gpu.launch import DecodeTiles
+    from echokv_kernels.reconstruct import EchoMaps, FeatureSource
+
+    monkeypatch.setattr(scratch, "num_programs", lambda *_: 264)
+    num, dim = 40, 128
+    cache, maps = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((2, num, 16, 2 * dim), (num, num * dim, dim))
+    )
+    source = FeatureSource([cache], [torch.arange(num)])
+    heads = EchoedHeads.of(source, EchoMaps(maps, maps), [(n, n) for n in range(num)], [], 1)
+    shape = scratch.DecodeShape.of(rotation_block, DecodeTiles(), [heads])
+    assert shape.chunk_len == shape.num_blocks * rotation_block >= shape.block_len
+    made = scratch.DecodeScratch.allocate([heads], shape, 256, 264, 131072)
+    size = made.absorbed.numel() * made.absorbed.element_size()
+    assert size <= scratch.LINE_BYTES + scratch.OWN_LINE_BYTES
+
+
 def test_unabsorbable_rotation_block(kit, device):
     from echokv_kernels.gpu.launch import DecodeTiles
     from echokv_kernels.gpu.scratch import DecodeShape
