@@ -109,6 +109,7 @@ def patch_cpu_platform() -> None:
 def patch_scheduler() -> None:
     """Symptom: KV cache managers cannot know a request's mode and how long it may become. Cause:
     vLLM hands them request ids only. Remove when they see the request."""
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if is_patched(Scheduler, "add_request"):
@@ -124,6 +125,7 @@ def patch_scheduler() -> None:
         if link is not None and request.request_id not in self.requests:
             mode = requested_mode(request.sampling_params)
             link.add_request(request, mode, self.max_model_len)
+            link.by_priority = self.policy == SchedulingPolicy.PRIORITY
             if not link.strict and (mode or link.default_mode) == "full":
                 # Shared blocks may be inexact, and a full-mode answer must not be.
                 request.skip_reading_prefix_cache = True

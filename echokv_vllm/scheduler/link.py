@@ -26,6 +26,7 @@ class PoolLink:
         requested_modes: Mode named by a request, by internal request id. Entries outlive
             preemption and vanish with the request object.
         max_model_len: vLLM's, in tokens; 0 before the first request.
+        by_priority: Whether vLLM preempts the least important request, not the last one.
         looked_up: The request whose prompt is being looked up in the prefix cache, if any.
         found_retained: R blocks that serve the prefix hit being looked up.
         retained_need: (request id, R pages it needs) of the allocation under way. vLLM
@@ -41,6 +42,7 @@ class PoolLink:
         self.residual: EchoResidualManager | None = None
         self.requested_modes: dict[str, str] = {}
         self.max_model_len = 0
+        self.by_priority = False
         self.looked_up: Any | None = None
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self.found_retained: Sequence[Any] = ()

@@ -127,7 +127,7 @@ class Outlook:
     def admits(self, request_id: str, num_tokens: int, num_pages: int) -> bool:
         """Whether a newcomer and all that runs are expected to fit until they end.
 
-        A request that is alone is always admitted.
+        A request is always admitted when nothing runs that it would have to wait for.
 
         Args:
             request_id: The newcomer.
@@ -140,12 +140,32 @@ class Outlook:
             return True
         if request_id == self._refused and self._is_skipping:
             return False
-        fits = self._peak(newcomer, num_tokens, num_pages) <= self._num_free()
+        lasting, yielding = self._others(newcomer)
+        fits = not lasting or (
+            self._peak(newcomer, num_tokens, num_pages, lasting) <= self._num_free(yielding)
+        )
         self._refused, self._num_skipped = "" if fits else request_id, 0
         return fits
 
-    def _num_free(self) -> int:
-        """Free pages if every ``auto`` request gives all it can.
+    def _others(self, newcomer: Any) -> tuple[list[Any], list[Any]]:
+        """The requests whose end a newcomer has to wait for, and those vLLM preempts before it.
+
+        In neither: sessions that wait for their next input. They keep their pages, and for how
+        long nobody knows: a newcomer that waited for them might never start.
+        """
+        link = self.manager.link
+        lasting: list[Any] = []
+        yielding: list[Any] = []
+        for request_id in self.manager.num_cached_block:
+            request = link.find_request(request_id)
+            if request is None or request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+                continue
+            yields = link.by_priority and request.priority > newcomer.priority
+            (yielding if yields else lasting).append(request)
+        return lasting, yielding
+
+    def _num_free(self, yielding: Sequence[Any]) -> int:
+        """Free pages if every ``auto`` request gives all it can, and the yielding ones the rest.
 
         Pages of uncommitted tokens count: they can be given soon. Those adopted from the prefix
         cache do not: others may hold them too. One that keeps no more residuals has given all.
@@ -158,9 +178,12 @@ class Outlook:
                 first = max(ledger.next_drop, ledger.num_adopted // manager.block_size)
                 end = len(manager.req_to_blocks[request_id]) - self.window_pages
                 num_free += max(0, end - first)
+        for request in yielding:
+            growths = self._growths(request, manager.ledgers[request.request_id])
+            num_free += sum(growth.own for growth in growths)
         return num_free
 
-    def _peak(self, newcomer: Any, num_tokens: int, num_pages: int) -> int:
+    def _peak(self, newcomer: Any, num_tokens: int, num_pages: int, lasting: Sequence[Any]) -> int:
         manager = self.manager
         ledger = manager.ledgers[newcomer.request_id]
         size = manager.settings.retained_block_size
@@ -169,10 +192,8 @@ class Outlook:
         growths = [Growth(rest, newcomer.num_tokens, size, lacking + LEAVING_PAGES, 0)]
         if ledger.requested == FULL:
             growths.append(Growth(rest, newcomer.num_tokens, manager.block_size, 0, 0))
-        for request_id in manager.num_cached_block:
-            request = manager.link.find_request(request_id)
-            if request is not None:
-                growths += self._growths(request, manager.ledgers[request_id])
+        for request in lasting:
+            growths += self._growths(request, manager.ledgers[request.request_id])
         return peak_growth(growths)
 
     def note_end(self, request_id: str) -> None:

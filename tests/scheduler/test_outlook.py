@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from paged_world import World, prompt
+from vllm.v1.request import RequestStatus
 
 from echokv_vllm.scheduler.outlook import (
     MAX_MOMENTS,
@@ -158,6 +159,47 @@ def test_a_request_that_is_alone_starts_whatever_it_may_become() -> None:
     world.add("a", prompt(60), max_tokens=2000)
     world.step()
     assert len(world.running) == 1
+
+
+def test_nobody_waits_for_a_session_that_waits_for_its_next_input() -> None:
+    """Its next input may never come, and nothing else runs."""
+    world = World(101, settings(recent_tokens=0), budget=500, caching=False)
+    session = world.add("session", prompt(200), max_tokens=500)
+    for _ in range(3):
+        world.step()
+    world.running.remove(session)  # as vLLM does when an answer ends; the pages stay
+    session.status = RequestStatus.WAITING_FOR_STREAMING_REQ
+    world.add("next", prompt(40, 1), max_tokens=10)
+    world.in_flight.append(world.schedule())  # step() would miss the session's pages
+    world.finish_step()
+    assert [request.request_id for request in world.running] == ["next"]
+    # What the session holds on to is not expected back either.
+    world.add("huge", prompt(40, 2), max_tokens=500)
+    world.schedule()
+    assert len(world.running) == 1 and world.residual.counters.held_back == 1
+
+
+@pytest.mark.parametrize("by_priority", [True, False])
+def test_nobody_waits_for_less_important_requests(by_priority: bool) -> None:
+    """vLLM preempts them first, under ``--scheduling-policy priority`` only."""
+    world = World(101, settings(recent_tokens=0), budget=500, caching=False)
+    world.link.by_priority = by_priority
+    for index in range(3):
+        world.add(f"q{index}", prompt(30, index), max_tokens=60)
+    world.step()
+    assert len(world.running) == 3
+    for name, priority in (("as they are", 0), ("urgent", -1)):
+        newcomer = world.add(name, prompt(30, 99), max_tokens=60)
+        newcomer.priority = priority
+        world.step()
+        assert (newcomer in world.running) == (by_priority and priority < 0)
+        if newcomer in world.waiting:
+            world.abort(newcomer)
+    # Equals are waited for as ever.
+    second = world.add("urgent too", prompt(30, 98), max_tokens=400)
+    second.priority = -1
+    world.step()
+    assert second in world.waiting
 
 
 def test_a_pinned_request_is_counted_with_all_its_pages() -> None:

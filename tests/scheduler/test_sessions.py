@@ -10,6 +10,7 @@ import pytest
 from echo_pool import settings
 from paged_world import World, prompt
 from vllm import SamplingParams
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -25,6 +26,7 @@ def scheduler_of(world: World) -> Any:
     scheduler = object.__new__(Scheduler)
     scheduler.kv_cache_manager = world.manager
     scheduler.requests, scheduler.max_model_len = {}, world.max_model_len
+    scheduler.policy = SchedulingPolicy.FCFS
     scheduler.connector, scheduler.log_stats = None, False
     scheduler.spec_decode_metrics_level = "none"
     scheduler._enqueue_waiting_request = world.waiting.append
@@ -61,6 +63,15 @@ def test_an_id_that_is_used_again_brings_no_mode_with_it() -> None:
     scheduler.add_request(one_input(world, 2, None, resumable=False))
     assert world.link.requested_modes == {}
     assert first is not scheduler.requests["session"]
+
+
+@pytest.mark.parametrize("policy", SchedulingPolicy)
+def test_forecasts_know_whom_vllm_preempts(policy: SchedulingPolicy) -> None:
+    world = World(400, settings(), budget=200)
+    scheduler = scheduler_of(world)
+    scheduler.policy = policy
+    scheduler.add_request(one_input(world, 1, None))
+    assert world.link.by_priority == (policy == SchedulingPolicy.PRIORITY)
 
 
 @pytest.mark.parametrize(("resumable", "refused"), [(True, True), (False, False)])
