@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import RequestStatus
 
 from echokv_vllm.config import SchedulerSettings
 from echokv_vllm.metrics import MetricsWriter
@@ -152,7 +153,9 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         """
         ledger = self.ledger(request_id)
         running = request_id in self.num_cached_block
-        if running and not self.link.retained_need[1] and self._covers(request_id, num_tokens):
+        reserve = self._reserve(request_id, running)
+        asks_nothing = running and not reserve and not self.link.retained_need[1]
+        if asks_nothing and self._covers(request_id, num_tokens):
             return 0  # most decode steps
         hits = (list(new_computed_blocks), num_local_computed_tokens)
 
@@ -162,8 +165,6 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         def shortfall() -> int:
             name, retained_need = self.link.retained_need
             assert name == request_id, "echokv: group R must be asked before group D"
-            # vLLM keeps the watermark free for newcomers only, and only beside others.
-            reserve = self.watermark_pages if self.num_cached_block and not running else 0
             return retained_need + need() + reserve - int(self.block_pool.get_num_free_blocks())
 
         if not running and (apply_admission_cap or ledger.undecided):
@@ -180,6 +181,18 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         if not running and shortfall() > 0:
             ledger.undecided = True  # vLLM will say no; the next attempt decides anew
         return num_pages
+
+    def _reserve(self, request_id: str, running: bool) -> int:
+        """Pages vLLM keeps free beside those of the allocation under way.
+
+        Of the watermark's, for what it takes from its waiting queue, and only beside others. There
+        also waits a session with its next input, which has pages.
+        """
+        if not self.watermark_pages or len(self.num_cached_block) == running:
+            return 0
+        request = self.link.find_request(request_id) if running else None
+        waits = not running or (request is not None and request.status == RequestStatus.WAITING)
+        return self.watermark_pages if waits else 0
 
     def _covers(self, request_id: str, num_tokens: int) -> bool:
         return num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size

@@ -12,7 +12,7 @@ from paged_world import World, prompt
 from vllm import SamplingParams
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from echokv_vllm import compat
 from echokv_vllm.config import EchoConfigError
@@ -63,6 +63,19 @@ def test_an_id_that_is_used_again_brings_no_mode_with_it() -> None:
     scheduler.add_request(one_input(world, 2, None, resumable=False))
     assert world.link.requested_modes == {}
     assert first is not scheduler.requests["session"]
+
+
+@pytest.mark.parametrize("num_new", [20, 1])
+def test_a_sessions_next_input_finds_room_above_the_watermark(num_new: int) -> None:
+    """vLLM takes it from its waiting queue, and keeps the watermark free for all of those."""
+    world = World(101, settings(recent_tokens=0, watermark=0.1), budget=200, caching=False)
+    session = world.add("session", prompt(41), max_tokens=60)
+    world.add("long", prompt(120, 1), max_tokens=150)
+    while world.pool.get_num_free_blocks() >= 10:
+        world.step()
+    world.running.remove(session)
+    session.status = RequestStatus.WAITING
+    assert world.manager.allocate_slots(session, num_new, has_scheduled_reqs=True) is not None
 
 
 @pytest.mark.parametrize("policy", SchedulingPolicy)
