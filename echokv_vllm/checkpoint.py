@@ -285,13 +285,15 @@ def _resolve(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> P
             "a Hugging Face repo id (owner/name)"
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         local = snapshot_download(
             name, revision=revision, allow_patterns=[CONFIG_FILE, TENSOR_FILE]
         )
-    except (OSError, ValueError) as error:
-        # The hub client derives its errors (not found, gated, offline) from these two.
+    except (OSError, ValueError, HTTPError) as error:
+        # The hub client derives its errors (not found, gated, offline) from the first two, and lets
+        # those of its HTTP library through (a proxy that refuses, a connection that breaks).
         raise CheckpointError(
             f"{name!r} is no local folder and could not be fetched from the Hugging Face hub: "
             f"{error}"

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -46,6 +49,45 @@ def test_unreachable_repository(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = message_of("echokv-tests/no-such-repository")
     assert "'echokv-tests/no-such-repository'" in message and "Hugging Face" in message
+
+
+def test_proxy_that_refuses(monkeypatch, tmp_path):
+    """The hub client passes such an error of its HTTP library on as it is."""
+    import huggingface_hub.constants
+    from huggingface_hub.utils import close_session
+
+    with refusing_proxy() as address:
+        for name in ("https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, address)
+        for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        close_session()  # its connections know the proxy of the time they were made
+        try:
+            message = message_of("echokv-tests/no-such-repository")
+        finally:
+            close_session()
+    assert "Hugging Face" in message and "403" in message
+
+
+@contextmanager
+def refusing_proxy():
+    """Address of an HTTP proxy that answers 403 to whatever is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return  # closed
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_revision_of_a_folder(checkpoint):
