@@ -222,10 +222,13 @@ def executor_hands_on_steps(parallel_config: Any) -> bool:
 def patch_input_processor() -> None:
     """Symptom: a bad mode would only be noticed in the engine process, where an error ends
     the server. Cause: vLLM does not let plugins check request parameters. Remove when it
-    does."""
+    does.
+
+    It is also where a server whose EchoKV options nothing would read is refused: every front end
+    makes one before it starts an engine."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from echokv_vllm.config import EchoConfigError
+    from echokv_vllm.config import EchoConfig, EchoConfigError
 
     if is_patched(InputProcessor, "process_inputs"):
         return
@@ -251,6 +254,8 @@ def patch_input_processor() -> None:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if is_selected(vllm_config):
             patch_beam_search()
+        else:
+            EchoConfig.refuse_unused(vllm_config.additional_config)
         build(self, vllm_config, *args, **kwargs)
 
     process_inputs._echokv = True  # type: ignore[attr-defined]

@@ -153,6 +153,20 @@ class EchoConfig:
             )
         return cls(**section)
 
+    @staticmethod
+    def refuse_unused(additional_config: Any) -> None:
+        """Refuses options of EchoKV on a server that runs another attention backend.
+
+        Raises:
+            EchoConfigError: There is an ``echokv`` section, which nothing would read.
+        """
+        if isinstance(additional_config, dict) and "echokv" in additional_config:
+            raise EchoConfigError(
+                "--additional-config has a section 'echokv', but the attention backend is another "
+                "one, which would ignore it. Add --attention-backend echokv, or leave the section "
+                f"out ({DOCS})."
+            )
+
 
 def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     # bool is an int in Python; an option that counts must not accept true.

@@ -57,6 +57,17 @@ def test_backend_without_options(folder, tmp_path):
         pass
 
 
+def test_options_without_the_backend(folder, tmp_path):
+    """Stock attention would serve, and every mode that a request names be ignored."""
+    model = without_weights(folder / "model", tmp_path / "model")
+    section = {"echokv": {"checkpoint": str(folder / "checkpoint")}}
+    with (
+        pytest.raises(EchoConfigError, match="Add --attention-backend echokv, or leave"),
+        engine(model, additional_config=section),
+    ):
+        pass
+
+
 def test_sliding_window_model(folder, tmp_path):
     model = without_weights(
         write_model(folder / "windowed", num_layers=2, architecture="Mistral", sliding_window=64),
