@@ -245,6 +245,14 @@ def test_exchange_leaves_what_greedy_choice_took_first():
     assert found[0] in (1, 2, 3) and found[1] in (4, 5, 6)
 
 
+def test_moments_that_rounding_left_indefinite_are_refused():
+    """As float32 sums of large constant keys are with hardly any ridge."""
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[2, 3] = matrix[3, 2] = 1 + 1e-7
+    with pytest.raises(ValueError, match=r"KV head 1 .* linearly dependent .* leave ridge out"):
+        shortlist(Elimination((matrix, torch.eye(4).double()), 2), 2, [1], count=1)
+
+
 def test_budget_is_spread_at_least_cost():
     generator = torch.Generator().manual_seed(2)
     costs = [

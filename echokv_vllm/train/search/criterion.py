@@ -142,7 +142,12 @@ class Elimination:
 
     def _half(self, matrix: torch.Tensor, head: int) -> torch.Tensor:
         rows = slice(head * self._head_dim, (head + 1) * self._head_dim)
-        factor = torch.linalg.cholesky(matrix[rows, rows])
+        factor, info = torch.linalg.cholesky_ex(matrix[rows, rows])
+        if int(info):
+            raise ValueError(
+                f"the features of KV head {head} are linearly dependent to working precision and "
+                "the ridge does not repair it; leave ridge out, or raise it"
+            )
         return torch.linalg.solve_triangular(factor, matrix[rows], upper=False)
 
     def _without(self, matrix: torch.Tensor, head: int) -> torch.Tensor:
