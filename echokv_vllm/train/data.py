@@ -102,6 +102,20 @@ def load_tokens(source: str, tokenizer: Any, sequence_len: int, num_tokens: int)
     )
 
 
+def check_vocabulary(sequences: torch.Tensor, vocab_size: int) -> None:
+    """Refuse tokens that the model has no embedding for; looking them up ends in no clear error.
+
+    Raises:
+        DataError: If the tokenizer is that of another model.
+    """
+    highest = int(sequences.max())
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {highest}, but the model's vocab_size is {vocab_size}; put "
+            "the tokenizer that belongs to the model beside its weights"
+        )
+
+
 def _tokenize(pieces: Iterable[Piece], tokenizer: Any) -> Iterator[list[int]]:
     for piece in pieces:
         ids = tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -174,8 +188,20 @@ def _jsonl_pieces(file: IO[str], source: str) -> Iterator[Piece]:
             ) from error
         if not isinstance(text, str):
             raise DataError(f"data file {source!r}, line {number}: text is {text!r}, no string")
+        _check_encodable(text, f"data file {source!r}, line {number}")
         if text.strip():
             yield Piece(text)
+
+
+def _check_encodable(text: str, where: str) -> None:
+    """JSON may hold half a character, as of a cut emoji, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: text has half of a surrogate pair, {text[error.start]!r}, at character "
+            f"{error.start}; repair or remove the line"
+        ) from error
 
 
 def _dataset_pieces(source: str) -> Iterator[Piece]:

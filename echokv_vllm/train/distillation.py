@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from echokv_vllm.plan import EchoPlan
 from echokv_vllm.train.attention import (
     CacheSetup,
     KeyValue,
@@ -35,6 +36,22 @@ _CONTEXT = "echokv_training_run"
 _TILE_SCORES = 1 << 20
 # Logits of so many tokens are held at once; a vocabulary of 128,000 makes them large.
 _LOGIT_TOKENS = 512
+
+
+def check_order(plan: EchoPlan) -> None:
+    """Refuse plans that one pass through the model cannot follow.
+
+    Raises:
+        ValueError: If a layer has sources in a later layer.
+    """
+    for layer, entry in enumerate(plan.layers):
+        last = max((source.layer for source in entry.sources), default=layer)
+        if last > layer:
+            raise ValueError(
+                f"plan {plan.name!r} rebuilds layer {layer} from layer {last}, which a pass "
+                "through the model has not reached yet; use stage2=o-mse, or a plan with sources "
+                "in the same or earlier layers"
+            )
 
 
 class Distillation:
@@ -59,14 +76,7 @@ class Distillation:
         parameters: MapParameters,
         checkpoint_layers: bool = False,
     ) -> None:
-        for layer in parameters.layers:
-            last = max(source.layer for source in setup.plan.layers[layer].sources)
-            if last > layer:
-                raise ValueError(
-                    f"plan {setup.plan.name!r} rebuilds layer {layer} from layer {last}, which a "
-                    "pass through the model has not reached yet; use stage2=o-mse, or a plan with "
-                    "sources in the same or earlier layers"
-                )
+        check_order(setup.plan)
         self.groups = {
             "model": tuple(name for layer in parameters.layers for name in parameters.names(layer))
         }

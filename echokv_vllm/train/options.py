@@ -20,6 +20,8 @@ RESIDUAL_BITS = (0, 2)
 SEARCHED_PLAN = "auto"
 """Value of the option `plan` that asks for a search."""
 DEFAULT_RATIO = 0.5
+MAX_SEED = 2**64 - 1
+"""What torch's generators take."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value < minimum:
                 raise ValueError(f"{name}={value} is too small; it must be at least {minimum}")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed={self.seed} is too large; it must be at most {MAX_SEED}")
         self._check_search()
         if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"ridge={self.ridge} must be a number, at least 0, such as 1e-4")

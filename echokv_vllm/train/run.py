@@ -20,9 +20,10 @@ from echokv_vllm.presets import load_plan
 from echokv_vllm.rope import rotary_from_config
 from echokv_vllm.train.capture import check_rotary, check_supported
 from echokv_vllm.train.curves import Curves, to_csv
-from echokv_vllm.train.data import TokenData, load_tokens
+from echokv_vllm.train.data import TokenData, check_vocabulary, load_tokens
 from echokv_vllm.train.descent import DivergenceError
 from echokv_vllm.train.destination import prepare_destination
+from echokv_vllm.train.distillation import check_order
 from echokv_vllm.train.model import (
     load_config,
     load_model,
@@ -58,10 +59,13 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
     shape = ModelFingerprint.from_config(config)
     given_plan = _given_plan(options, shape)
     stage2 = _resolve_stage2(options, device)
+    if given_plan is not None and stage2 == "kl":
+        check_order(given_plan)
     max_position = _check_lengths(options, stage2, config.max_position_embeddings)
     data = load_tokens(
         options.data, load_tokenizer(options.model), options.sequence_len, options.num_tokens
     )
+    check_vocabulary(data.sequences, config.vocab_size)
     fit_sequences, heldout_sequences = data.split()
     _check_enough_tokens(given_plan, shape, options.shards, fit_sequences.numel())
 

@@ -84,6 +84,7 @@ def test_long_documents_are_read_in_parts(tmp_path, tokenizer, monkeypatch, limi
         ("cut.txt.xz", lzma.compress(b"abc " * 5000)[:-20], ["damaged .xz"]),
         ("bad.jsonl", b'{"text": "ok"}\n{"body": 1}\n', ["line 2", '"text"']),
         ("number.jsonl", b'{"text": 5}\n', ["line 1", "no string"]),
+        ("half.jsonl", b'{"text": "ok"}\n{"text": "cut \\ud83d"}\n', ["line 2", "surrogate", "4"]),
         ("not.jsonl", b"plain words\n", ["line 1", "JSON"]),
         ("words.docx", b"abc", ["unknown ending", ".txt.xz"]),
     ],

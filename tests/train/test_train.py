@@ -197,6 +197,7 @@ def test_bad_requests_write_nothing(options, tmp_path, changes, words):
         ({"ridge": float("nan")}, ["ridge=nan"]),
         ({"ridge": -1.0}, ["ridge=-1"]),
         ({"dtype": "int8"}, ["'int8'", "bfloat16"]),
+        ({"seed": 2**64}, ["seed=18446744073709551616", "at most 18446744073709551615"]),
         ({"max_position": 63}, ["max_position=63", "sequence_len=64"]),
     ],
 )
@@ -232,6 +233,13 @@ def _partial_rotary(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _foreign_tokenizer(folder):
+    """Ids beyond the embeddings of the model."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["A"] = 300
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def _change_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -251,6 +259,7 @@ def _nan(weights):
         (_dynamic_rope, ["'dynamic'", "allowed are default"]),
         (_partial_rotary, ["rotates 8 of 8", "implies 4"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer"]),
+        (_foreign_tokenizer, ["vocab_size is 300", "belongs to the model"]),
         (lambda f: (f / "model.safetensors").unlink(), ["weights", "cannot be read"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"junk"), ["weights", "cannot be read"]),
         (
@@ -273,6 +282,32 @@ def test_unusable_models_write_nothing(options, tiny_model, save_model, tmp_path
     for word in words:
         assert word in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_search_on_scores_that_are_not_finite(options, tiny_model, save_model, tmp_path):
+    """Keys and values of all layers are fine; only what comes after them is not."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    folder = save_model(model, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"next-token scores hold NaN .* float32") as caught:
+        train(dataclasses.replace(options, model=folder, plan="auto"))
+    assert "model's weights" in str(caught.value)
+
+
+def test_kl_refuses_sources_in_later_layers_before_any_work(options, tmp_path, monkeypatch):
+    plan = preset_plan("local-0.5", 3, 4).to_dict()
+    plan["layers"][0]["sources"] = [{"layer": 2, "heads": [0, 1]}]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+
+    def work(*arguments):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("echokv_vllm.train.run.load_tokens", work)
+    changes = dict(plan=str(path), stage2="kl", recent_tokens=16)
+    with pytest.raises(ValueError, match="rebuilds layer 0 from layer 2"):
+        train(dataclasses.replace(options, **changes))
 
 
 @pytest.mark.parametrize(
