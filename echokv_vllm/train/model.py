@@ -24,8 +24,13 @@ def load_config(model: str) -> Any:
         ) from error
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, parse_special: bool = False) -> Any:
     """Tokenizer of a model folder or repo id.
+
+    Args:
+        model: Folder or repo id.
+        parse_special: It must read special tokens that are spelled out in a text, as calibration
+            text in the chat format has them. Such a tokenizer may add none by itself.
 
     Raises:
         ValueError: If it has none, or needs a package that is not installed.
@@ -33,14 +38,43 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return _parsing_special_tokens(tokenizer, model) if parse_special else tokenizer
     except ImportError as error:
         raise ValueError(_lacks_package("tokenizer", model, error)) from error
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {model!r} has no readable tokenizer ({_one_line(error)}); put the tokenizer "
-            "files beside the weights"
-        ) from error
+        raise ValueError(_no_tokenizer(model, error)) from error
+    except Exception as error:
+        # The package tokenizers has no class of its own for files it cannot parse.
+        if type(error) is not Exception:
+            raise
+        raise ValueError(_no_tokenizer(model, error)) from error
+
+
+def _parsing_special_tokens(tokenizer: Any, model: str) -> Any:
+    """The tokenizer, or one of the same vocabulary that reads special tokens in a text.
+
+    Where mistral-common is installed, as vLLM wants it, and the model has a `tekken.json`,
+    transformers hands out a tokenizer to which `[INST]` in a text is five plain tokens; keys and
+    values of the chat format would never be seen.
+    """
+    if type(tokenizer).__name__ != "MistralCommonBackend":
+        return tokenizer
+    from transformers import TokenizersBackend
+
+    parsing = TokenizersBackend.from_pretrained(model)
+    # A conversion of tekken.json alone does not name them.
+    for name in ("bos_token", "eos_token"):
+        if getattr(parsing, name) is None:
+            setattr(parsing, name, getattr(tokenizer, name))
+    return parsing
+
+
+def _no_tokenizer(model: str, error: BaseException) -> str:
+    return (
+        f"model {model!r} has no readable tokenizer ({_one_line(error)}); put the tokenizer files "
+        "beside the weights, and install the tokenizers release they were written with"
+    )
 
 
 def load_model(model: str, device: torch.device, dtype: torch.dtype) -> Any:

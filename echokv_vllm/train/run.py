@@ -63,7 +63,10 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
         check_order(given_plan)
     max_position = _check_lengths(options, stage2, config.max_position_embeddings)
     data = load_tokens(
-        options.data, load_tokenizer(options.model), options.sequence_len, options.num_tokens
+        options.data,
+        load_tokenizer(options.model, parse_special=True),
+        options.sequence_len,
+        options.num_tokens,
     )
     check_vocabulary(data.sequences, config.vocab_size)
     fit_sequences, heldout_sequences = data.split()

@@ -233,6 +233,13 @@ def _partial_rotary(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _unknown_tokenizer(folder):
+    """As a later release of the package tokenizers might write it."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "NotYetInvented"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def _foreign_tokenizer(folder):
     """Ids beyond the embeddings of the model."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -259,6 +266,7 @@ def _nan(weights):
         (_dynamic_rope, ["'dynamic'", "allowed are default"]),
         (_partial_rotary, ["rotates 8 of 8", "implies 4"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer"]),
+        (_unknown_tokenizer, ["no readable tokenizer", "tokenizers release"]),
         (_foreign_tokenizer, ["vocab_size is 300", "belongs to the model"]),
         (lambda f: (f / "model.safetensors").unlink(), ["weights", "cannot be read"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"junk"), ["weights", "cannot be read"]),
