@@ -21,6 +21,8 @@ class FakeServer:
         self.metrics = "echokv:pool_pages 3\n"
         self.models = {"data": [{"id": "first"}, {"id": "second"}]}
         self.completion = None  # (status, text) to answer instead
+        self.failures = []  # (status, text) of the next completions, which are fine afterwards
+        self.key = None  # what it wants to see before it answers
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,9 +34,16 @@ class FakeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append(body)
                 text = json.dumps({"choices": [{"text": body["prompt"].upper()}]})
-                self.reply(*(outer.completion or (200, text)))
+                failure = outer.failures.pop(0) if outer.failures else outer.completion
+                if failure == "dropped":
+                    self.close_connection = True
+                    return
+                self.reply(*(failure or (200, text)))
 
             def reply(self, status, text):
+                said = self.headers.get("Authorization")
+                if outer.key is not None and said != f"Bearer {outer.key}":
+                    status, text = 401, "Unauthorized"
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -61,6 +70,7 @@ def test_answers_come_in_order_with_the_mode_in_the_request(server, suffix):
     assert backend.modes == ("full", "compressed") and backend.model == "first"
     expected = [prompt.text.upper() for prompt in PROMPTS]
     assert backend.complete(PROMPTS) == {"full": expected, "compressed": expected}
+    del server.bodies[0]  # looked at the server's metrics after it
     for mode, bodies in (("full", server.bodies[:6]), ("compressed", server.bodies[6:])):
         assert {body["prompt"] for body in bodies} == {prompt.text for prompt in PROMPTS}
         for body in bodies:
@@ -88,6 +98,62 @@ def test_a_server_that_ignores_the_mode_is_found_out(server, monkeypatch):
     server.metrics = "vllm:num_requests_running 0\n"
     with pytest.raises(EndpointError, match=r"no echokv metrics.*--attention-backend.*as-is"):
         EndpointBackend(server.url).complete(PROMPTS)
+    assert len(server.bodies) == 1, "found out before the work"
+
+
+@pytest.mark.parametrize("mode", ["compressed", "as-is"])
+def test_the_models_sampling_defaults_are_overruled(server, mode):
+    """Some generation_config.json have a repetition penalty; vLLM applies it where none is sent."""
+    EndpointBackend(server.url, mode).complete(PROMPTS[:1])
+    for body in server.bodies:
+        assert body["repetition_penalty"] == 1
+        assert body["presence_penalty"] == body["frequency_penalty"] == 0
+
+
+def test_a_key_is_read_from_the_environment(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server.key = "secret"
+    with pytest.raises(EndpointError, match=r"HTTP 401: Unauthorized; set .*OPENAI_API_KEY"):
+        EndpointBackend(server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert EndpointBackend(server.url).complete(PROMPTS[:1])["full"] == ["PROMPT 0"]
+
+
+@pytest.mark.parametrize("failure", [(503, "busy"), (502, "bad gateway"), "dropped"])
+def test_a_request_that_fails_once_is_asked_again(server, monkeypatch, failure):
+    monkeypatch.setattr(endpoint, "_RETRY_WAITS", (0.0, 0.0))
+    server.failures = [failure, failure]
+    answers = EndpointBackend(server.url, "as-is", concurrency=1).complete(PROMPTS)
+    assert answers["as-is"] == [prompt.text.upper() for prompt in PROMPTS]
+    server.failures = [failure] * 3
+    with pytest.raises(EndpointError, match=r"HTTP 50|does not answer"):
+        EndpointBackend(server.url, "as-is", concurrency=1).complete(PROMPTS)
+
+
+def test_a_failure_does_not_wait_for_the_other_prompts(server):
+    server.completion = (400, "too long")
+    with pytest.raises(EndpointError, match="too long"):
+        EndpointBackend(server.url, "as-is", concurrency=1).complete(PROMPTS * 100)
+    assert len(server.bodies) < 100
+
+
+def test_a_slow_server_is_not_asked_twice(server, monkeypatch):
+    backend = EndpointBackend(server.url, "as-is", concurrency=1)
+    monkeypatch.setattr(endpoint, "_TIMEOUT", 0.2)
+    waiting = threading.Event()
+    asked = []
+
+    def hold(*_):
+        asked.append(1)
+        waiting.wait(5)
+
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_POST", hold)
+    try:
+        with pytest.raises(EndpointError, match=r"has not answered .*--concurrency"):
+            backend.complete(PROMPTS[:1])
+    finally:
+        waiting.set()
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
