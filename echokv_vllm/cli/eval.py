@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from echokv_vllm.eval.options import (
@@ -226,6 +227,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate as asked, print the table and write the report."""
     if arguments.heatmap_png and not arguments.out:
         raise ValueError("--heatmap-png writes a file; name a folder for it (--out DIR)")
+    if arguments.out and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        # Hours later the report would be lost.
+        raise ValueError(f"--out {arguments.out} is a file; name a folder for the report")
     options = EvalOptions(**{f.name: getattr(arguments, f.name) for f in fields(EvalOptions)})
     from echokv_vllm.eval import evaluate
 

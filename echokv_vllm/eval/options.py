@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int4")
 RESIDUAL_BITS = (0, 2)
 ENDPOINT_MODES = ("compressed", "auto", "as-is")
+
+# What is measured, how it is asked for, and the options that speak of nothing else.
+_PARTS = (
+    ("data", "held-out text (--data FILE)", ("length", "skip_tokens")),
+    ("tasks", "tasks (--tasks NAME)", ("task_lengths",)),
+    ("qa_1", "that task (--tasks ruler, or qa_1)", ("squad",)),
+    ("qa_2", "that task (--tasks ruler, or qa_2)", ("hotpotqa",)),
+    ("haystack", "tasks (--tasks NAME) or the heat map (--heatmap)", ("essays",)),
+    (
+        "heatmap",
+        "the heat map (--heatmap)",
+        ("heatmap_lengths", "heatmap_depths", "heatmap_samples", "heatmap_png"),
+    ),
+    (
+        "longbench",
+        "LongBench (--longbench SOURCE)",
+        ("longbench_tasks", "longbench_length", "longbench_samples", "chat_template"),
+    ),
+    ("answers", "tasks, the heat map or LongBench", ("endpoint",)),
+    ("endpoint", "a server (--endpoint URL)", ("endpoint_mode", "served_model", "concurrency")),
+    ("model", "the model that runs here", ("offset_max", "every_query")),
+)
 
 
 @dataclass(frozen=True)
@@ -140,8 +162,7 @@ class EvalOptions:
                 "divergence, tasks (--tasks ruler) for the task scores, a needle heat map "
                 "(--heatmap), LongBench data (--longbench zai-org/LongBench), or several of them"
             )
-        if self.heatmap_png and not self.heatmap:
-            raise ValueError("heatmap_png draws the heat map, which is not measured; add heatmap")
+        self._check_used()
         if self.tasks and not self.task_lengths:
             raise ValueError("task_lengths is empty; give at least one length, such as 1024")
         if self.skip >= self.length - 1:
@@ -149,6 +170,30 @@ class EvalOptions:
                 f"skip_tokens={self.skip} leaves nothing to score in sequences of "
                 f"length={self.length}; lower the one or raise the other"
             )
+
+    def _check_used(self) -> None:
+        """An option that nothing reads is a mistake: the report would be taken for another one."""
+        measured = {
+            "data": self.data is not None,
+            "tasks": bool(self.tasks),
+            "qa_1": bool({"ruler", "qa_1"} & set(self.tasks)),
+            "qa_2": bool({"ruler", "qa_2"} & set(self.tasks)),
+            "haystack": bool(self.tasks) or self.heatmap,
+            "heatmap": self.heatmap,
+            "longbench": self.longbench is not None,
+            "answers": self.asks,
+            "endpoint": self.endpoint is not None,
+            "model": self.data is not None or self.endpoint is None,
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for part, asked_for, names in _PARTS:
+            for name in names:
+                value = getattr(self, name)
+                if value != defaults[name] and not measured[part]:
+                    raise ValueError(
+                        f"{name}={value!r} is about {asked_for}, which is not measured; ask for "
+                        "it, or leave the option out"
+                    )
 
     def _check_simulation(self) -> None:
         """What is simulated in the Hugging Face forward pass and needs what."""

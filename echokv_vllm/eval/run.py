@@ -41,6 +41,8 @@ from echokv_vllm.train.model import (
 from echokv_vllm.train.report import git_commit
 
 _DEFAULT_RECENT_TOKENS = 128
+# Of a served model's cache: vLLM serves what is stored in float32 in 16 bits, too.
+_ITEMSIZE = 2
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,9 @@ class _Subject:
         if checkpoint is None and cache_format == "auto":
             # an endpoint whose checkpoint was not named
             return reports.row_head(model, f"endpoint, {mode}", "–", None, None, length)
-        stored = getattr(self.config, "dtype", None)
-        itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
         if checkpoint is None:
             shape = ModelFingerprint.from_config(self.config)
-            size = full_footprint(shape, length, itemsize, cache_format)
+            size = full_footprint(shape, length, _ITEMSIZE, cache_format)
             name = f"full cache, {cache_format}"
             return reports.row_head(model, name, "–", size.ratio, size, length)
         space = reports.key_space(checkpoint.rotation_block)
@@ -76,7 +76,7 @@ class _Subject:
             return reports.row_head(model, f"{plan.name}, {mode}", space, plan.ratio, None, length)
         bits = self.options.residual_bits
         size = footprint(
-            checkpoint, length, self.window.recent_tokens, itemsize, cache_format, bits
+            checkpoint, length, self.window.recent_tokens, _ITEMSIZE, cache_format, bits
         )
         name = plan.name + (f" + {bits}-bit residual" if bits else "")
         name += "" if cache_format == "auto" else f", {cache_format}"
@@ -201,11 +201,16 @@ def _backend(
 
 def _settings(subject: _Subject, material: Material) -> dict[str, Any]:
     options = subject.options
-    settings: dict[str, Any] = {
-        "exact tokens": f"{subject.window.sink_tokens} sink, {subject.window.recent_tokens} recent",
-        "position offsets up to": options.offset_max,
-        "seed": options.seed,
-    }
+    sink_tokens, recent_tokens = subject.window.sink_tokens, subject.window.recent_tokens
+    settings: dict[str, Any] = {}
+    if options.data is not None or options.endpoint is None:
+        settings["exact tokens"] = f"{sink_tokens} sink, {recent_tokens} recent"
+        settings["position offsets up to"] = options.offset_max
+    if options.endpoint is not None:
+        settings["exact tokens of answers"] = (
+            f"the server's; bytes/token assumes {recent_tokens} recent"
+        )
+    settings["seed"] = options.seed
     if options.kv_cache_dtype != "auto":
         settings["cache format, simulated"] = options.kv_cache_dtype
     if options.residual_bits:

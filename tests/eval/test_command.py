@@ -85,6 +85,7 @@ def test_the_tiny_model_answers_with_either_cache(tmp_path):
         (["--data", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
         (["--data", "x.txt", "--length", "64", "--skip-tokens", "63"], ["nothing to score"]),
         (["--data", "x.txt", "--samples", "1"], ["samples=1", "at least 2"]),
+        (["--data", "x.txt", "--out", __file__], ["--out", "is a file; name a folder"]),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(subject, capsys, more, words):

@@ -165,9 +165,9 @@ def test_rows_of_a_quantised_cache_name_it(subject, corpus, tmp_path):
         row = json.loads((tmp_path / "eval.json").read_text())["rows"][-1]
         assert (row["plan"], row["measure"]) == (name, "KL(full, echo)") and row["score"]["low"] > 0
         heads[name] = row["ratio"]
-    # The tiny model is stored in float32: 4 bytes per number.
-    assert heads["full cache, int4"] == 20 / 128 and heads["local-0.5, fp8"] == 0.125
-    assert heads["local-0.5 + 2-bit residual"] == 0.5 + 0.5 * 12 / 128
+    # The tiny model is stored in float32, which vLLM serves in 16 bits: 2 bytes per number.
+    assert heads["full cache, int4"] == 20 / 64 and heads["local-0.5, fp8"] == 0.25
+    assert heads["local-0.5 + 2-bit residual"] == 0.5 + 0.5 * 12 / 64
 
 
 def test_contradicting_options_are_refused():
@@ -176,6 +176,15 @@ def test_contradicting_options_are_refused():
         (dict(residual_bits=3, checkpoint="c", data="x"), "residual_bits=3 is not one of 0, 2"),
         (dict(kv_cache_dtype="fp4", data="x"), "auto, fp8, int4"),
         (dict(kv_cache_dtype="fp8", tasks=("vt",), endpoint="http://x"), "simulated here"),
+        (dict(data="x", endpoint="http://x"), "endpoint='http://x' is about tasks, the heat map"),
+        (dict(tasks=("vt",), endpoint="http://x", offset_max=9), "the model that runs here"),
+        (dict(tasks=("vt",), endpoint="http://x", every_query=True), "runs here, which is not"),
+        (dict(tasks=("vt",), length=4096), r"length=4096 is about held-out text \(--data FILE\)"),
+        (dict(tasks=("vt",), squad="x.json"), "squad='x.json' is about that task"),
+        (dict(tasks=("vt",), longbench_samples=9), r"LongBench \(--longbench SOURCE\)"),
+        (dict(tasks=("vt",), served_model="x"), r"a server \(--endpoint URL\)"),
+        (dict(data="x", task_lengths=(4096,)), r"tasks \(--tasks NAME\)"),
+        (dict(data="x", heatmap_png=True), r"heatmap_png=True is about the heat map"),
     ):
         with pytest.raises(ValueError, match=words):
             EvalOptions(model="m", **options)

@@ -102,7 +102,7 @@ def test_a_picture_without_matplotlib_fails_before_the_work(subject, tmp_path, c
     ("more", "words"),
     [
         (["--heatmap", "--heatmap-png"], "name a folder"),
-        (["--heatmap-png", "--out", "x", "--tasks", "vt"], "not measured; add heatmap"),
+        (["--heatmap-png", "--out", "x", "--tasks", "vt"], "(--heatmap), which is not measured"),
         (["--heatmap", "--heatmap-lengths", "9999"], "longer than the model's context"),
         (["--heatmap", "--heatmap-lengths", "130"], "raise the task length"),
         (["--heatmap", "--heatmap-depths", "1"], "heatmap_depths=1 is too small"),
