@@ -159,6 +159,26 @@ def test_a_long_prompt_loses_its_middle(subject, monkeypatch, chat):
         longbench_prompts("qasper", [example], tokenizer, 500)
 
 
+def test_a_long_input_is_cut_like_the_context(subject):
+    """RepoBench's input is the file so far: the line to be completed stands at its end."""
+    example = Example("".join(f"{number:04d}" for number in range(900)), "context", ("a",))
+    (prompt,) = longbench_prompts("repobench-p", [example], subject.tokenizer, 1400)
+    ids = subject.tokenizer(prompt.text)["input_ids"]
+    assert 1400 - 64 - 2 <= len(ids) <= 1400 - 64
+    assert prompt.text.startswith("Please complete the code given below. \ncontext00000001")
+    assert prompt.text.endswith("08980899Next line of code:\n")
+
+
+def test_a_model_that_thinks_is_asked_not_to(subject, monkeypatch):
+    template = (
+        "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    monkeypatch.setattr(subject.tokenizer, "chat_template", template)
+    (prompt,) = longbench_prompts("qasper", [EXPECTED[0]], subject.tokenizer, 2000)
+    assert prompt.text.endswith("Answer:<assistant><think></think>")
+
+
 def test_qa_f1():
     assert m.qa_f1("The Cat, sat!", ["a cat sat"]) == 1
     assert m.qa_f1("big cat", ["cat", "a dog"]) == pytest.approx(2 / 3)
@@ -187,6 +207,8 @@ def test_rouge_l():
     # Longest common subsequence "the sat": precision 2/2, recall 2/3.
     assert m.rouge_l("the sat", ["the cat sat"]) == pytest.approx(0.8)
     assert m.rouge_l("", ["x"]) == m.rouge_l(" . ", ["x"]) == 0
+    endless = " ".join(f"word{number}" for number in range(1200))
+    assert m.rouge_l(endless, ["x y", endless[::-1]]) == 0, "no full stop: as in LongBench"
 
 
 @NEEDS_RAPIDFUZZ

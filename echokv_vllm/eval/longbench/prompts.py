@@ -37,11 +37,12 @@ def longbench_prompts(
         before, rest = rules.template.split("{context}")
         text = before + example.context + rest.replace("{input}", example.input)
         metric = rules.metric or classification(example.classes)
-        bare = before + rest.replace("{input}", example.input)
+        # The input of a code task is a file, and may be cut like the context.
+        bare = before + rest.replace("{input}", "")
         fitted = _fitting(text, bare, tokenizer, limit, chat)
         if fitted is None:
             raise LongBenchError(
-                f"LongBench task {task!r} has no room for its question and instructions in "
+                f"LongBench task {task!r} has no room for its instructions in "
                 f"{limit} prompt tokens; raise the length (--longbench-length)"
             )
         prompts.append(
@@ -61,15 +62,21 @@ def longbench_prompts(
 def _fitting(text: str, bare: str, tokenizer: Any, limit: int, chat: bool) -> str | None:
     """The prompt, its middle cut out if it has more than `limit` tokens.
 
-    None if not even `bare`, the prompt without its context, fits.
+    None if not even `bare`, the prompt without context and input, fits.
     """
+
+    # A model that thinks first (Qwen3) would spend the few tokens of an answer on its thoughts.
+    switch = "enable_thinking"
+    without_thoughts = {switch: False} if chat and switch in str(tokenizer.chat_template) else {}
 
     def finished(part: str) -> str:
         if not chat:
             return part
         messages = [{"role": "user", "content": part}]
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **without_thoughts
+            )
         )
 
     def count(part: str) -> int:
