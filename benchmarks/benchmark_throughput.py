@@ -7,7 +7,8 @@ Everything after `--` goes to all runs unchanged, for example `--random-input-le
 --random-output-len 500 --num-prompts 64 --num-warmups 8 --kv-cache-memory-bytes 16G`. (vLLM 0.32
 ignores its own `--input-len` and `--output-len`. EchoKV's pages are smaller, so the same
 `--num-gpu-blocks-override` is not the same memory.) Peers are stock vLLM with that KV cache dtype.
-The table's ratios are to stock; counts include warm-ups.
+The table's ratios are to stock; counts include warm-ups. A run that fails (its output says why)
+does not keep the others from being measured; the exit code is 1 then.
 """
 
 import argparse
@@ -23,14 +24,22 @@ MODES = ("auto", "full", "compressed")
 
 
 def bench(model: str, options: list[str], folder: Path) -> dict[str, Any]:
-    """One `vllm bench throughput` in a process of its own: its JSON result and the counts."""
+    """One `vllm bench throughput` in a process of its own.
+
+    Returns:
+        Its JSON result and the counts, or `failure`.
+    """
     output, counts = folder / "result.json", folder / "counts.json"
     command = [
         sys.executable, str(COUNTED_BENCH), str(counts), "throughput",
         "--model", model, "--output-json", str(output), *options,
     ]  # fmt: skip
     print("+", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    code = subprocess.run(command, check=False).returncode
+    if code < 0:
+        return {"failure": f"killed by signal {-code}"}
+    if code or not output.exists():
+        return {"failure": f"exit code {code}" if code else "it wrote no result"}
     result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return result | {"counts": json.loads(counts.read_text(encoding="utf-8"))}
 
@@ -58,16 +67,20 @@ def runs(checkpoint: str, modes: list[str], peers: list[str]) -> dict[str, list[
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One line per run."""
-    stock = results["stock"]["tokens_per_second"]
+    stock = results["stock"].get("tokens_per_second")
     lines = [
         f"{'run':<18} {'requests/s':>11} {'tokens/s':>11} {'of stock':>9} {'peak running':>13} "
         f"{'preemptions':>12} {'pages dropped':>14}"
     ]
     for name, result in results.items():
+        if "failure" in result:
+            lines.append(f"{name:<18} FAILED, {result['failure']}")
+            continue
         speed, counts = result["tokens_per_second"], result["counts"]
+        share = "-" if stock is None else f"{speed / stock:.2f}x"
         lines.append(
             f"{name:<18} {result['requests_per_second']:>11.3f} {speed:>11.1f} "
-            f"{speed / stock:>8.2f}x {counts['running']:>13} {counts['preemptions']:>12} "
+            f"{share:>9} {counts['running']:>13} {counts['preemptions']:>12} "
             f"{counts['pages_dropped']:>14}"
         )
     return "\n".join(lines)
@@ -94,7 +107,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     # argparse gives a list of positionals nothing that follows an option, so `--` is split here.
     own, bench_options = split_options(sys.argv[1:])
     args = parse_args(own)
@@ -106,7 +119,8 @@ def main() -> None:
             # After every run: what was measured survives a later failure.
             args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(results)}")
+    return 1 if any("failure" in result for result in results.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

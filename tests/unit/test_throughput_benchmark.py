@@ -51,6 +51,39 @@ def test_ratios_are_to_stock(script: ModuleType) -> None:
     assert lines[2].split() == ["echokv", "auto", "3.000", "1200.0", "1.50x", "8", "0", "151"]
 
 
+def test_a_run_that_fails_does_not_take_the_others_along(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A peer's KV cache dtype that the machine lacks, or a run out of memory."""
+    bench = tmp_path / "bench.py"
+    bench.write_text(
+        "import json, os, signal, sys\n"
+        "if 'fp8' in sys.argv: sys.exit(3)\n"
+        'if \'"mode": "full"\' in sys.argv[-1]: os.kill(os.getpid(), signal.SIGKILL)\n'
+        "counts = {'running': 5, 'preemptions': 3, 'pages_dropped': 0}\n"
+        "json.dump(counts, open(sys.argv[1], 'w'))\n"
+        "result = {'requests_per_second': 2.0, 'tokens_per_second': 800.0}\n"
+        "json.dump(result, open(sys.argv[sys.argv.index('--output-json') + 1], 'w'))\n"
+    )
+    monkeypatch.setattr(script, "COUNTED_BENCH", bench)
+    answer = tmp_path / "answer.json"
+    arguments = ["MODEL", "--checkpoint", "DIR", "--peers", "fp8", "--modes", "full,auto"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--json", str(answer)])
+    assert script.main() == 1
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0].split()[:4] == ["stock", "2.000", "800.0", "1.00x"]
+    assert lines[1].split() == ["stock", "fp8", "FAILED,", "exit", "code", "3"]
+    assert lines[2].split()[2:] == ["FAILED,", "killed", "by", "signal", "9"]
+    assert lines[3].split()[:5] == ["echokv", "auto", "2.000", "800.0", "1.00x"]
+    results = json.loads(answer.read_text(encoding="utf-8"))
+    assert results["stock fp8"] == {"failure": "exit code 3"}
+    results["stock"] = {"failure": "exit code 1"}
+    assert script.table(results).splitlines()[4].split()[4] == "-", "no ratio without stock"
+
+
 def test_options_behind_the_dashes_are_the_benchmarks(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
