@@ -31,6 +31,7 @@ from echokv_vllm import __version__
 from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.eval.attention import Window
 from echokv_vllm.eval.divergence import measure_divergence
+from echokv_vllm.eval.tasks import Material
 from echokv_vllm.train.model import load_config, resolve_device
 from echokv_vllm.train.report import git_commit
 
@@ -88,6 +89,8 @@ def main() -> None:
     earlier = None
     if args.extend is not None:
         earlier = json.loads(args.extend.read_text(encoding="utf-8"))
+        if args.tasks and earlier["tasks"]:
+            _check_tasks(args, earlier["tasks"]["settings"])
     known = {entry["name"] for entry in earlier["rows"]} if earlier else set()
     asked = {
         row.name for row in rows if row.tasks and args.tasks and _is_asked(row, args.task_rows)
@@ -103,6 +106,7 @@ def main() -> None:
     report = _head(args, bench, device)
     if earlier is not None:
         _extend(report, earlier)
+    answered = report["tasks"]["rows"] if report["tasks"] else {}
     caches: dict[str, Cache] = {}
     for row in rows:
         reason = failures.get(row.maps.name) if row.maps else None
@@ -133,7 +137,7 @@ def main() -> None:
             args.essays, lengths,
             args.task_samples, args.seed,
         ):  # fmt: skip
-            report["tasks"] = tasks
+            report["tasks"] = {**tasks, "rows": answered | tasks["rows"]}
             report["seconds"] = round(time.monotonic() - start, 1)
             _write(report, args.out)
             print(f"tasks: {time.monotonic() - start:.0f} s", flush=True)
@@ -162,6 +166,21 @@ def _extend(report: dict[str, Any], earlier: dict[str, Any]) -> None:
         *earlier.get("extends", []),
         {name: earlier[name] for name in origin},
     ]
+
+
+def _check_tasks(args: argparse.Namespace, then: dict[str, Any]) -> None:
+    """Scores stand in one table with the earlier ones: the prompts must be the same."""
+    now = {
+        "lengths": [int(length) for length in args.task_lengths.split(",")],
+        "prompts of each": args.task_samples,
+        "essay haystack": Material(len, None if args.essays is None else ("",)).haystack_name,
+    }
+    for name, value in now.items():
+        if then[name] != value:
+            raise ValueError(
+                f"the tasks of the earlier report have {name} {then[name]!r}, this run has "
+                f"{value!r}; extend a report with the same tasks, or leave out --tasks"
+            )
 
 
 def _train(

@@ -111,6 +111,33 @@ def test_a_training_that_fails_is_reported_and_the_others_go_on(run):
     assert "time" in report["missing"]["local-0.25, B = 64, closed form"]
 
 
+def test_an_extended_report_keeps_the_tasks_of_the_earlier_one(run, monkeypatch):
+    import compare
+
+    def measure_tasks(bench, caches, essays, lengths, num_samples, seed):
+        row = {
+            "mean": {"value": 0.5, "low": 0.4, "high": 0.6}, "share_of_full": 1.0,
+            "difference": {"value": 0.0, "low": 0.0, "high": 0.0}, "tasks": {"vt 700": 0.5},
+        }  # fmt: skip
+        settings = {"tasks": ["vt"], "lengths": lengths, "prompts of each": num_samples}
+        settings["essay haystack"] = "generated sentences"
+        yield {"settings": settings, "rows": {name: row for name in ("full", *caches)}}
+
+    monkeypatch.setattr(compare, "measure_tasks", measure_tasks)
+    tasks = ("--tasks", "--task-lengths", "700", "--task-samples", "4")
+    out, first = run("eviction 0.25;eviction 0.5", *tasks, "--task-rows", "eviction 0.25")
+    assert list(first["tasks"]["rows"]) == [
+        "full", "eviction 0.25", "eviction 0.25, shared budgets",
+    ]  # fmt: skip
+    earlier = ("--extend", str(out / "quality.json"))
+    _, more = run("eviction 0.5, shared", *tasks, *earlier)
+    assert list(more["tasks"]["rows"]) == [
+        *first["tasks"]["rows"], "eviction 0.5, shared budgets",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"have lengths \[700\], this run has \[800\]"):
+        run("eviction 0.5", "--tasks", "--task-lengths", "800", "--task-samples", "4", *earlier)
+
+
 def test_rows_share_plans_and_maps():
     from rows import all_rows
 
