@@ -1,9 +1,9 @@
 """Long-context tasks: RULER's thirteen, and the needle task of the tiny model.
 
-Written from the description in the RULER paper (arXiv 2404.06654); the prompts keep its wording, so
-that scores mean the same. Differences: no worked example in front of `vt` and `cwe`, word lists of
-our own, and fewer repetitions in `cwe` where the length has no room for them. The two QA tasks need
-data of their own.
+Written from the description in the RULER paper (arXiv 2404.06654); the prompts keep its wording.
+Differences: no worked example in front of `vt` and `cwe`, word lists of our own, fewer repetitions
+in `cwe` where the length has no room for them, blanks and not line breaks between the sentences of
+noise and of needle haystacks, and no chat template. The two QA tasks need data of their own.
 """
 
 from __future__ import annotations
