@@ -22,6 +22,7 @@ from echokv_vllm.eval.offline import OfflineBackend
 from echokv_vllm.eval.options import EvalOptions
 from echokv_vllm.eval.questions import (
     Answered,
+    Questions,
     available_qa,
     make_questions,
     skipped_tasks,
@@ -96,19 +97,14 @@ def run_evaluation(options: EvalOptions, command: str | None = None) -> dict[str
         sequences = draw_sequences(
             options.data, subject.tokenizer, options.samples, options.length, options.seed
         )
-    rows: list[dict[str, Any]] = []
-    answered = Answered()
-    offline = sequences is not None or options.endpoint is None
-    model, rebuilder = _model_and_rebuilder(subject) if offline else (None, None)
-    if sequences is not None:
-        rows += _divergence_rows(subject, model, rebuilder, sequences)
-    if questions:
-        backend = _backend(subject, model, rebuilder)
-        answered = questions.answer(backend, subject.row_head, options.seed)
+    try:
+        rows, answered = _measure(subject, questions, sequences)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(_out_of_memory(options)) from error
     return {
         "format": "echokv-eval",
         "format_version": 1,
-        "rows": rows + answered.rows,
+        "rows": rows,
         "heatmap": answered.heatmap,
         "skipped": skipped_tasks(options),
         "settings": _settings(subject, material),
@@ -118,6 +114,36 @@ def run_evaluation(options: EvalOptions, command: str | None = None) -> dict[str
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def _measure(
+    subject: _Subject, questions: Questions, sequences: torch.Tensor | None
+) -> tuple[list[dict[str, Any]], Answered]:
+    """All rows of the report, and what else comes from answers."""
+    # An endpoint that is not there must show before the model is loaded.
+    backend = _endpoint(subject.options) if questions and subject.options.endpoint else None
+    offline = sequences is not None or backend is None
+    model, rebuilder = _model_and_rebuilder(subject) if offline else (None, None)
+    rows: list[dict[str, Any]] = []
+    if sequences is not None:
+        rows += _divergence_rows(subject, model, rebuilder, sequences)
+    answered = Answered()
+    if questions:
+        answered = questions.answer(
+            backend or _offline(subject, model, rebuilder), subject.row_head, subject.options.seed
+        )
+    return rows + answered.rows, answered
+
+
+def _out_of_memory(options: EvalOptions) -> str:
+    ways = ["another --device"]
+    if options.dtype != "bfloat16":
+        ways.insert(0, "--dtype bfloat16, which halves the model")
+    if options.data is not None:
+        ways.append(f"a smaller --batch-size (now {options.batch_size}) or --length")
+    if options.asks and options.endpoint is None:
+        ways.append("shorter tasks, or a server that answers them (--endpoint)")
+    return f"the evaluation ran out of memory; try {'; '.join(ways)}"
 
 
 def _subject(options: EvalOptions) -> _Subject:
@@ -181,21 +207,21 @@ def _divergence_rows(
     return reports.divergence_rows(head, result, len(sequences))
 
 
-def _backend(
-    subject: _Subject, model: Any, rebuilder: Rebuilder | None
-) -> OfflineBackend | EndpointBackend:
+def _endpoint(options: EvalOptions) -> EndpointBackend:
+    assert options.endpoint is not None, "no endpoint was named"
+    return EndpointBackend(
+        options.endpoint, options.endpoint_mode, options.served_model,
+        concurrency=options.concurrency, progress=_bar("answers", options),
+    )  # fmt: skip
+
+
+def _offline(subject: _Subject, model: Any, rebuilder: Rebuilder | None) -> OfflineBackend:
     options = subject.options
-    progress = _bar("answers", options)
-    if options.endpoint is not None:
-        return EndpointBackend(
-            options.endpoint, options.endpoint_mode, options.served_model,
-            concurrency=options.concurrency, progress=progress,
-        )  # fmt: skip
     return OfflineBackend(
         model, subject.tokenizer, {} if rebuilder is None else {"compressed": rebuilder},
         subject.window,
         every_query=bool(options.every_query), offset_max=options.offset_max, seed=options.seed,
-        progress=progress,
+        progress=_bar("answers", options),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import write_checkpoint, write_model
 
 from echokv_vllm.cli import main as cli
@@ -94,6 +95,29 @@ def test_user_errors_are_one_line_and_exit_code_2(subject, capsys, more, words):
     assert error.startswith("echokv: error: ")
     for word in words:
         assert word in error
+
+
+def test_running_out_of_memory_says_what_to_lower(subject, corpus, monkeypatch, capsys):
+    def load_model(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr("echokv_vllm.eval.run.load_model", load_model)
+    assert run(subject, "--data", corpus, "--samples", "2", "--length", "40") == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("ran out of memory", "--dtype bfloat16", "(now 4)"))
+    assert "--endpoint" not in error
+    assert run(subject, "--tasks", "vt", "--samples", "2", "--dtype", "bfloat16") == 2
+    error = capsys.readouterr().err
+    assert "--endpoint" in error and "bfloat16" not in error and "batch-size" not in error
+
+
+def test_an_endpoint_that_is_not_there_shows_before_the_divergence(
+    subject, corpus, monkeypatch, capsys
+):
+    monkeypatch.setattr("echokv_vllm.eval.run.load_model", lambda *_: pytest.fail("loaded"))
+    code = run(subject, "--data", corpus, "--samples", "2", "--length", "40", "--tasks", "vt",
+               "--endpoint", "http://127.0.0.1:9")  # fmt: skip
+    assert code == 2 and "does not answer" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(subject, corpus, tmp_path, capsys):
