@@ -66,7 +66,10 @@ def parse_args() -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown configuration {unknown[0]!r}; allowed are {', '.join(CONFIGS)}")
     default = TINY_SCENARIOS if args.tiny else SCENARIOS
-    args.scenarios = [Scenario.parse(text) for text in (args.scenarios or default).split(",")]
+    try:
+        args.scenarios = [Scenario.parse(text) for text in (args.scenarios or default).split(",")]
+    except ValueError as error:
+        parser.error(str(error))
     args.run_options = [*(TINY_OPTIONS if args.tiny else []), *run_options]
     return args
 

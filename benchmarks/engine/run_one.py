@@ -61,6 +61,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.backend == "echokv" and not args.checkpoint:
         parser.error("--backend echokv needs --checkpoint")
+    # Found by the statistics otherwise, when all is measured.
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps} has no percentiles; measure at least 2")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} measures nothing; at least 1 is needed")
     too_many = [str(s) for s in args.scenarios if s.kind == "decode" and s.batch > MAX_NUM_SEQS]
     if too_many:
         parser.error(f"{too_many[0]} has more requests than the engine's {MAX_NUM_SEQS} sequences")
