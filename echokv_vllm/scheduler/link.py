@@ -33,6 +33,7 @@ class PoolLink:
             asks the groups one after the other; D must see the sum.
         retained_hits: Block ids of the R pages that allocation would adopt from the
             prefix cache.
+        has_published: Whether R published blocks of the request that D is asked to publish next.
         partner: R block id whose first token's slot is the stamp of a D block, by D block
             id. Kept after the D block is freed: it may be adopted from the prefix cache.
     """
@@ -48,6 +49,7 @@ class PoolLink:
         self.found_retained: Sequence[Any] = ()
         self.retained_need: tuple[str, int] = ("", 0)
         self.retained_hits: frozenset[int] = frozenset()
+        self.has_published = False
         self.partner: dict[int, int] = {}
 
     def add_request(self, request: Any, mode: str | None, max_model_len: int) -> None:

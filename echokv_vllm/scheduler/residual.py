@@ -24,6 +24,7 @@ from echokv_vllm.scheduler.link import link_of
 from echokv_vllm.scheduler.lookup import residual_hits
 from echokv_vllm.scheduler.outlook import Outlook
 from echokv_vllm.scheduler.pressure import PressureValve
+from echokv_vllm.scheduler.retained import fills_blocks
 
 logger = init_logger("vllm.echokv")
 
@@ -151,12 +152,12 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         preempts when it does not fit. This is therefore the place where modes are decided
         and where residual pages are dropped.
         """
-        ledger = self.ledger(request_id)
         running = request_id in self.num_cached_block
-        reserve = self._reserve(request_id, running)
+        reserve = self._reserve(request_id, running) if self.watermark_pages else 0
         asks_nothing = running and not reserve and not self.link.retained_need[1]
         if asks_nothing and self._covers(request_id, num_tokens):
             return 0  # most decode steps
+        ledger = self.ledger(request_id)
         hits = (list(new_computed_blocks), num_local_computed_tokens)
 
         def need() -> int:
@@ -188,7 +189,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         Of the watermark's, for what it takes from its waiting queue, and only beside others. There
         also waits a session with its next input, which has pages.
         """
-        if not self.watermark_pages or len(self.num_cached_block) == running:
+        if len(self.num_cached_block) == running:
             return 0
         request = self.link.find_request(request_id) if running else None
         waits = not running or (request is not None and request.status == RequestStatus.WAITING)
@@ -356,9 +357,12 @@ class EchoResidualManager(SingleTypeKVCacheManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publishes blocks up to the first token that was computed inexactly."""
-        limit = self.publishable_tokens(request.request_id)
-        super().cache_blocks(request, min(num_tokens, limit), *args, **kwargs)
-        offer_own_pairs(self, request)
+        num_tokens = min(num_tokens, self.publishable_tokens(request.request_id))
+        fills = fills_blocks(self, request.request_id, num_tokens)
+        if fills:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        if fills or self.link.has_published:
+            offer_own_pairs(self, request)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forgets a finished, aborted or preempted request."""

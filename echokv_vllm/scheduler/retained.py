@@ -14,6 +14,15 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from echokv_vllm.scheduler.link import link_of
 
 
+def fills_blocks(manager: Any, request_id: str, num_tokens: int) -> bool:
+    """Whether so many tokens fill a block that is not in the prefix cache; most steps fill none.
+
+    vLLM returns at once where they do not, but calls this for every request in every step.
+    """
+    num_cached = manager.num_cached_block.get(request_id, 0)
+    return bool(num_tokens // manager.block_size > num_cached)
+
+
 class EchoRetainedManager(FullAttentionManager):
     """See the module docstring. Arguments are vLLM's."""
 
@@ -37,8 +46,14 @@ class EchoRetainedManager(FullAttentionManager):
         need = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
-        self.link.retained_need = (request_id, need)
-        self.link.retained_hits = frozenset(block.block_id for block in new_computed_blocks)
+        link = self.link
+        link.retained_need = (request_id, need)
+        # Asked for every request in every step; only newcomers have hits.
+        link.retained_hits = (
+            frozenset(block.block_id for block in new_computed_blocks)
+            if new_computed_blocks
+            else frozenset()
+        )
         return int(need)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -49,7 +64,10 @@ class EchoRetainedManager(FullAttentionManager):
         """
         assert self.link.residual is not None, "echokv: group R without group D"
         limit = self.link.residual.publishable_tokens(request.request_id)
-        super().cache_blocks(request, min(num_tokens, limit), *args, **kwargs)
+        num_tokens = min(num_tokens, limit)
+        self.link.has_published = fills_blocks(self, request.request_id, num_tokens)
+        if self.link.has_published:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     @classmethod
     def find_longest_cache_hit(
