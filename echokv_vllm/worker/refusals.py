@@ -62,8 +62,18 @@ def check_vllm_config(vllm_config: Any) -> None:
             "sleep mode (enable_sleep_mode=True), after which its maps would be lost",
             "Leave --enable-sleep-mode out",
         )
+    if _has_rust_frontend():
+        # Modes are checked, and metrics shown, by what it takes the place of. A mode that does not
+        # exist would reach the scheduler and end the server.
+        _refuse("vLLM's front end in Rust (VLLM_USE_RUST_FRONTEND)", "Unset that variable")
     if vllm_config.load_config.load_format == _UNSERVED_LOAD_FORMAT:
         _refuse(f"--load-format {_UNSERVED_LOAD_FORMAT}", "Leave --load-format at auto")
+
+
+def _has_rust_frontend() -> bool:
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -142,6 +142,14 @@ def test_plain_layers_pass(dtype):
     check_layer(**{**LAYER, "kv_cache_dtype": dtype, "extra": {"sinks": None}})
 
 
+def test_front_end_that_checks_no_modes(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    check_vllm_config(vllm_config())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedModelError, match=r"RUST_FRONTEND.*Unset that variable"):
+        check_vllm_config(vllm_config())
+
+
 def test_cache_dtype_of_gpu_kernels():
     check_cache_dtype("auto", torch.float16)
     check_cache_dtype("float16", torch.float16)
