@@ -6,6 +6,7 @@ tensor-parallel rank serves its own shard of the plan.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -44,10 +45,11 @@ def answer_of(script: str, job: Path, ranks: int, timeout: float) -> Any:
     """What a script writes for a job, its engine's core and workers being separate processes."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     if ranks > 1:
-        # vLLM binds one worker per group of cores and cannot find the groups by itself.
-        cores = sorted(os.sched_getaffinity(0))
-        assert len(cores) >= ranks, "the caller skips machines with fewer cores than ranks"
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:ranks]))
+        # vLLM binds one worker per group of cores and cannot find the groups by itself. More ranks
+        # than cores take turns.
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        bound = itertools.islice(cores, ranks)
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, bound))
     done = subprocess.run(
         [sys.executable, SUPPORT / script, job],
         env=environment, capture_output=True, text=True, timeout=timeout,
@@ -90,14 +92,15 @@ def two_cores() -> None:
 @pytest.mark.nightly
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("mode", ["full", "compressed"])
+@pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (2, 4), (4, 4)])
 def test_tensor_parallel_ranks_serve_their_shards(
-    mode: str, tmp_path: Path, model_of: Callable[..., Path], checkpoint_of: Callable[..., Path],
-    prompts: list[list[int]],
+    mode: str, ranks: int, shards: int, tmp_path: Path, model_of: Callable[..., Path],
+    checkpoint_of: Callable[..., Path], prompts: list[list[int]],
 ) -> None:  # fmt: skip
-    model = model_of()
-    folder = checkpoint_of(model, shards=2)
-    two_ranks = in_processes(tmp_path, model, folder, mode, prompts, tensor_parallel_size=2)
-    assert two_ranks == in_process(model, folder, mode, prompts)
+    model = model_of(num_kv_heads=8)
+    folder = checkpoint_of(model, shards=shards)
+    parts = in_processes(tmp_path, model, folder, mode, prompts, tensor_parallel_size=ranks)
+    assert parts == in_process(model, folder, mode, prompts)
 
 
 @pytest.mark.nightly
