@@ -36,7 +36,24 @@ _callbacks: WeakKeyDictionary[nn.Module, AttentionCallback] = WeakKeyDictionary(
 
 
 class ActivationError(ValueError):
-    """NaN or infinite keys or values in a model's forward pass."""
+    """NaN or infinite keys, values or next-token scores in a model's forward pass."""
+
+
+def check_scores(log_probability: torch.Tensor, dtype: torch.dtype) -> None:
+    """Look at what comes behind the last attention, where no layer's keys and values show it.
+
+    Args:
+        log_probability: Logarithm of the next-token distribution of the model as it is.
+        dtype: Of the model.
+
+    Raises:
+        ActivationError: If a score is not finite.
+    """
+    if log_probability.isnan().any():
+        raise ActivationError(
+            f"the model's next-token scores hold NaN or infinite numbers in {dtype}; try dtype "
+            "float32, and if that does not help, check the model's weights"
+        )
 
 
 def check_supported(hf_config: Any) -> None:

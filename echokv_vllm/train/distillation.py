@@ -27,6 +27,7 @@ from echokv_vllm.train.attention import (
     echo_scores,
     pick,
 )
+from echokv_vllm.train.capture import check_scores
 from echokv_vllm.train.parameters import MapParameters
 
 _NAME = "echokv_train"
@@ -88,7 +89,11 @@ class Distillation:
     def losses(
         self, ids: torch.Tensor, offsets: torch.Tensor, generator: torch.Generator, learn: bool
     ) -> dict[str, torch.Tensor]:
-        """See `Objective`."""
+        """See `Objective`.
+
+        Raises:
+            ActivationError: If the model's own scores are not finite.
+        """
         decoder = self._model.get_decoder()
         run = _Run(self._setup, self._parameters, offsets, ids.shape[1])
         first = self._setup.first_query()
@@ -103,7 +108,16 @@ class Distillation:
                 loss = self._divergence(full[:, first:], echo[:, first:])
                 if learn:
                     loss.backward()
+            if not loss.isfinite():
+                # No learning rate helps where the full cache's own scores are to blame.
+                self._check_full(full[:, first:])
         return {"model": loss.detach()}
+
+    def _check_full(self, full: torch.Tensor) -> None:
+        head = self._model.get_output_embeddings()
+        with torch.no_grad():
+            for part in full.split(_LOGIT_TOKENS, 1):
+                check_scores(head(part).float().log_softmax(-1), part.dtype)
 
     def _divergence(self, full: torch.Tensor, echo: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=full.device)

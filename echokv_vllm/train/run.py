@@ -18,7 +18,7 @@ from echokv_vllm.fingerprint import ModelFingerprint
 from echokv_vllm.plan import EchoPlan
 from echokv_vllm.presets import load_plan
 from echokv_vllm.rope import rotary_from_config
-from echokv_vllm.train.capture import check_rotary, check_supported
+from echokv_vllm.train.capture import ActivationError, check_rotary, check_supported
 from echokv_vllm.train.curves import Curves, to_csv
 from echokv_vllm.train.data import TokenData, check_vocabulary, load_tokens
 from echokv_vllm.train.descent import DivergenceError
@@ -90,8 +90,8 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
             trained = Stages(material, curves, save, _progress(options), saved).train(stage2)
     except torch.OutOfMemoryError as error:
         raise ValueError(_out_of_memory(options, stage2, device)) from error
-    except DivergenceError:
-        # Continuing would only diverge again.
+    except (ActivationError, DivergenceError):
+        # Continuing would only end there again.
         state_file.delete()
         raise
 

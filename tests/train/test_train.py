@@ -292,15 +292,21 @@ def test_unusable_models_write_nothing(options, tiny_model, save_model, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_search_on_scores_that_are_not_finite(options, tiny_model, save_model, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [dict(plan="auto"), dict(plan="local-0.5", stage2="kl", recent_tokens=16)],
+    ids=["search", "kl"],
+)
+def test_scores_that_are_not_finite(options, tiny_model, save_model, tmp_path, changes):
     """Keys and values of all layers are fine; only what comes after them is not."""
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     folder = save_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match=r"next-token scores hold NaN .* float32") as caught:
-        train(dataclasses.replace(options, model=folder, plan="auto"))
+        train(dataclasses.replace(options, model=folder, **changes))
     assert "model's weights" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_kl_refuses_sources_in_later_layers_before_any_work(options, tmp_path, monkeypatch):

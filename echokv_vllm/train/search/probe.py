@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from echokv_vllm.train.capture import ActivationError, captured_attention
+from echokv_vllm.train.capture import captured_attention, check_scores
 
 # Logits of so many tokens are held at once; a vocabulary of 128,000 makes them large.
 _LOGIT_TOKENS = 256
@@ -145,12 +145,7 @@ def _likelihood_slope(head: Any, hidden: torch.Tensor, generator: torch.Generato
     for start in range(0, hidden.shape[1], _LOGIT_TOKENS):
         part = hidden[:, start : start + _LOGIT_TOKENS].clone().requires_grad_()
         log_probability = head(part).float().log_softmax(-1)
-        if log_probability.isnan().any():
-            # No later layer's keys and values show what goes wrong behind the last attention.
-            raise ActivationError(
-                f"the model's next-token scores hold NaN or infinite numbers in {hidden.dtype}; "
-                "try dtype float32, and if that does not help, check the model's weights"
-            )
+        check_scores(log_probability, hidden.dtype)
         drawn = torch.multinomial(
             log_probability.detach()[0].exp(), 1, replacement=True, generator=generator
         )
