@@ -132,8 +132,14 @@ def _pieces(source: str) -> Iterator[Piece]:
     if not path.exists() and not is_data_file:
         yield from _dataset_pieces(source)
         return
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"data file {source!r} does not exist; name a file or a dataset")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(
+            f"data {source!r} is {kind}; name one file with one of the endings "
+            f"{', '.join(FILE_SUFFIXES)} (put the text of several files into one)"
+        )
     if not is_data_file:
         raise DataError(
             f"data file {source!r} has an unknown ending; allowed are {', '.join(FILE_SUFFIXES)}"
@@ -141,7 +147,8 @@ def _pieces(source: str) -> Iterator[Piece]:
     num_pieces = 0
     try:
         with _open_text(path) as file:
-            reader = _jsonl_pieces if ".jsonl" in path.suffixes else _text_pieces
+            is_text = source.removesuffix(".xz").endswith(".txt")
+            reader = _text_pieces if is_text else _jsonl_pieces
             for piece in reader(file, source):
                 num_pieces += 1
                 yield piece

@@ -35,13 +35,15 @@ def test_all_file_kinds_give_the_same_tokens(tmp_path, tokenizer):
         file.write("\x1e".join(documents))
     lines = "\n\n".join(json.dumps({"text": text, "id": 1}) for text in documents)
     (tmp_path / "c.jsonl").write_text(lines)
-    found = [
-        load_tokens(str(tmp_path / name), tokenizer, 8, 1000)
-        for name in ("a.txt", "b.txt.xz", "c.jsonl")
-    ]
-    assert found[0].sequences.tolist() == found[1].sequences.tolist() == found[2].sequences.tolist()
+    # The last ending says what a file is.
+    (tmp_path / "d.jsonl.txt").write_text("\x1e".join(documents))
+    with lzma.open(tmp_path / "e.txt.jsonl.xz", "wt") as file:
+        file.write(lines)
+    found = [load_tokens(str(path), tokenizer, 8, 1000) for path in sorted(tmp_path.iterdir())]
+    assert len(found) == 5
+    assert all(item.sequences.equal(found[0].sequences) for item in found)
     assert len({item.tokens_sha256 for item in found}) == 1
-    assert len({item.file_sha256 for item in found}) == 3
+    assert len({item.file_sha256 for item in found}) == 4
 
 
 def test_token_limit_rounds_down_to_whole_sequences(corpus, tokenizer):
@@ -101,7 +103,7 @@ def test_unusable_files(tmp_path, tokenizer, name, content, words):
 def test_absent_file_and_folder(tmp_path, tokenizer):
     with pytest.raises(DataError, match="does not exist"):
         load_tokens(str(tmp_path / "absent.txt"), tokenizer, 8, 1000)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"is a folder; name one file .*\.jsonl"):
         load_tokens(str(tmp_path), tokenizer, 8, 1000)
 
 
