@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         description="Compares a model with compressed context to the same model with the full "
         "cache: next-token divergence on held-out text (--data), long-context tasks (--tasks), a "
         "needle heat map (--heatmap), LongBench (--longbench). Prints one table with "
-        "95 %% intervals.",
+        "95 % intervals.",
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder or repo id")
     _add_subject(parser)

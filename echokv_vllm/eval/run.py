@@ -15,7 +15,7 @@ from echokv_vllm.checkpoint import EchoCheckpoint
 from echokv_vllm.eval import report as reports
 from echokv_vllm.eval.attention import Window, install
 from echokv_vllm.eval.divergence import draw_sequences, measure_divergence
-from echokv_vllm.eval.endpoint import EndpointBackend
+from echokv_vllm.eval.endpoint import AS_IS, EndpointBackend
 from echokv_vllm.eval.footprint import footprint, full_footprint
 from echokv_vllm.eval.heatmap import check_matplotlib
 from echokv_vllm.eval.offline import OfflineBackend
@@ -62,8 +62,8 @@ class _Subject:
         if mode == "full":
             return reports.row_head(model, "full cache", "–", 1.0, None, length)
         cache_format = self.options.kv_cache_dtype
-        if checkpoint is None and cache_format == "auto":
-            # an endpoint whose checkpoint was not named
+        if mode == AS_IS or (checkpoint is None and cache_format == "auto"):
+            # Any server, or one whose checkpoint was not named: its cache is not known here.
             return reports.row_head(model, f"endpoint, {mode}", "–", None, None, length)
         if checkpoint is None:
             shape = ModelFingerprint.from_config(self.config)
@@ -233,9 +233,9 @@ def _settings(subject: _Subject, material: Material) -> dict[str, Any]:
         settings["exact tokens"] = f"{sink_tokens} sink, {recent_tokens} recent"
         settings["position offsets up to"] = options.offset_max
     if options.endpoint is not None:
-        settings["exact tokens of answers"] = (
-            f"the server's; bytes/token assumes {recent_tokens} recent"
-        )
+        settings["exact tokens of answers"] = "the server's"
+        if subject.checkpoint is not None and options.endpoint_mode == "compressed":
+            settings["exact tokens of answers"] += f"; bytes/token assumes {recent_tokens} recent"
     settings["seed"] = options.seed
     if options.kv_cache_dtype != "auto":
         settings["cache format, simulated"] = options.kv_cache_dtype
@@ -256,7 +256,9 @@ def _settings(subject: _Subject, material: Material) -> dict[str, Any]:
             "Hugging Face forward, every query compressed" if options.every_query
             else "Hugging Face forward, exact prefill, compressed decode"
         )  # fmt: skip
-    if subject.checkpoint is not None:
+    if options.endpoint is not None:
+        settings["mode of answers"] = options.endpoint_mode
+    if subject.checkpoint is not None and (options.data or options.endpoint_mode != AS_IS):
         settings["checkpoint"] = options.checkpoint
         settings["maps"] = str(subject.checkpoint.provenance.get("stage", "of unknown stage"))
     return settings

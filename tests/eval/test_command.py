@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,35 @@ def test_an_endpoint_that_is_not_there_shows_before_the_divergence(
     code = run(subject, "--data", corpus, "--samples", "2", "--length", "40", "--tasks", "vt",
                "--endpoint", "http://127.0.0.1:9")  # fmt: skip
     assert code == 2 and "does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "named", "row"),
+    [
+        ("compressed", True, ("local-0.5", 0.5)),
+        ("auto", True, ("local-0.5, auto", 0.5)),
+        ("as-is", True, ("endpoint, as-is", None)),  # any server: the checkpoint says nothing of it
+        ("as-is", False, ("endpoint, as-is", None)),
+    ],
+)
+def test_rows_of_a_server_say_what_is_known_of_it(subject, tmp_path, monkeypatch, mode, named, row):
+    modes = ("as-is",) if mode == "as-is" else ("full", mode)
+    backend = SimpleNamespace(
+        modes=modes, complete=lambda prompts: {name: ["x"] * len(prompts) for name in modes}
+    )
+    monkeypatch.setattr("echokv_vllm.eval.run.EndpointBackend", lambda *_, **__: backend)
+    checkpoint = subject.checkpoint_folder
+    more = ["--checkpoint", str(checkpoint)] if named else []
+    assert cli.main(
+        ["eval", str(subject.model_folder), *more, "--tasks", "vt", "--samples", "2", "--endpoint", "http://h",
+         "--endpoint-mode", mode, "--out", str(tmp_path), "--quiet"]
+    ) == 0  # fmt: skip
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert (report["rows"][0]["plan"], report["rows"][0]["ratio"]) == row
+    assert ("checkpoint" in report["settings"]) == (mode != "as-is")
+    assert ("bytes/token" in report["settings"]["exact tokens of answers"]) == (
+        mode == "compressed"
+    )
 
 
 def test_a_checkpoint_of_another_model_is_refused(subject, corpus, tmp_path, capsys):
