@@ -175,7 +175,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Train as asked and print the errors."""
     options = TrainOptions(**{f.name: getattr(arguments, f.name) for f in fields(TrainOptions)})
     from echokv_vllm.train import train
+    from echokv_vllm.train.model import resolve_device
+    from echokv_vllm.train.run import resolve_stage2
 
+    # Here and not in `train`: programs that train many plans share options among them.
+    options.check_used(resolve_stage2(options, resolve_device(options.device)))
     result = train(options, command=shlex.join(["echokv", *sys.argv[1:]]))
     if options.progress:
         print(result.report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,6 +176,35 @@ class TrainOptions:
                 f"max_position={self.max_position} is smaller than "
                 f"sequence_len={self.sequence_len}; raise the one or lower the other"
             )
+
+    def check_used(self, stage2: str) -> None:
+        """An option that nothing reads is a mistake: the maps would be taken for others.
+
+        Args:
+            stage2: What `auto` stands for on the device, or what was named.
+
+        Raises:
+            ValueError: If an option that is not at its default speaks of a stage that is not run.
+        """
+        read = {
+            "stage1_steps": self.stage1 == "sgd",
+            "learning_rate": self.stage1 == "sgd" or stage2 != "none",
+            "step_size": self.stage1 == "sgd" or stage2 != "none",
+            "stage2_steps": stage2 != "none",
+            "whiten": stage2 != "none",
+            "residual_bits": stage2 != "none",
+            "num_queries": stage2 in ("o-mse", "qk-kl"),
+            "checkpoint_activations": stage2 == "kl",
+        }
+        chosen = f"stage2={stage2}" if self.stage2 != "auto" else f"stage2=auto, here {stage2}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and not read.get(field.name, True):
+                raise ValueError(
+                    f"{field.name}={value} is read by no stage of this run (stage1={self.stage1}, "
+                    f"{chosen}); name the stage that it is about (--stage2 kl or o-mse, --stage1 "
+                    "sgd), or leave the option out"
+                )
 
     @property
     def searched_ratio(self) -> float:

@@ -58,7 +58,7 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
     check_supported(config)
     shape = ModelFingerprint.from_config(config)
     given_plan = _given_plan(options, shape)
-    stage2 = _resolve_stage2(options, device)
+    stage2 = resolve_stage2(options, device)
     if given_plan is not None and stage2 == "kl":
         check_order(given_plan)
     max_position = _check_lengths(options, stage2, config.max_position_embeddings)
@@ -113,7 +113,8 @@ def run_training(options: TrainOptions, command: str | None = None) -> TrainResu
     )
 
 
-def _resolve_stage2(options: TrainOptions, device: torch.device) -> str:
+def resolve_stage2(options: TrainOptions, device: torch.device) -> str:
+    """What `auto` stands for on a device; anything else is itself."""
     if options.stage2 == "auto":
         return "kl" if device.type == "cuda" else "none"
     return options.stage2

@@ -54,6 +54,12 @@ def test_every_option_is_on_the_command_line_with_its_default(monkeypatch):
         (["--plan", "local-9"], ["'9'", "between 0 and 1"]),
         (["--num-tokens", "5"], ["num_tokens=5"]),
         (["--ridge", "-1"], ["ridge=-1"]),
+        (["--stage2-steps", "5"], ["stage2_steps=5", "auto, here none", "--stage2 kl"]),
+        (["--learning-rate", "1e-3"], ["learning_rate=0.001", "stage1=closed-form"]),
+        (["--stage1-steps", "5"], ["stage1_steps=5", "--stage1 sgd"]),
+        (["--stage1", "sgd", "--residual-bits", "2"], ["residual_bits=2", "stage2"]),
+        (["--stage2", "kl", "--num-queries", "5"], ["num_queries=5", "stage2=kl", "o-mse"]),
+        (["--stage2", "o-mse", "--checkpoint-activations"], ["checkpoint_activations=True"]),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(
