@@ -220,7 +220,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError as error:
+        # argparse would name this function, not what is allowed.
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a comma list of whole numbers, such as 1024,2048"
+        ) from error
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ def test_the_tiny_model_answers_with_either_cache(tmp_path):
         ([], ["nothing to measure", "--data"]),
         (["--tasks", "qa_3"], ["unknown task 'qa_3'", "niah_single_1"]),
         (["--tasks", "qa_1"], ["task 'qa_1' needs data", "--squad"]),
+        (["--tasks", "vt", "--essays", str(EXAMPLE)], ["essay file", "is a folder", ".txt"]),
         (["--tasks", "vt", "--task-lengths", "100"], ["task 'vt' needs", "raise the task length"]),
         (["--tasks", "vt", "--task-lengths", "4096"], ["4096", "context of 2048"]),
         (["--tasks", "vt", "--endpoint", "http://127.0.0.1:9"], ["does not answer", "vllm serve"]),
@@ -96,6 +97,13 @@ def test_user_errors_are_one_line_and_exit_code_2(subject, capsys, more, words):
     assert error.startswith("echokv: error: ")
     for word in words:
         assert word in error
+
+
+def test_lengths_that_are_no_numbers_are_named(subject, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(subject, "--tasks", "vt", "--task-lengths", "1k")
+    assert caught.value.code == 2
+    assert "'1k' is not a comma list of whole numbers" in capsys.readouterr().err
 
 
 def test_running_out_of_memory_says_what_to_lower(subject, corpus, monkeypatch, capsys):

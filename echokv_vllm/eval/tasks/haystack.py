@@ -62,6 +62,10 @@ def load_essays(path: str) -> tuple[str, ...]:
             f"essay file {path!r} does not exist; name a text file, or leave the option out to "
             "use generated sentences"
         ) from error
+    except IsADirectoryError as error:
+        raise TaskError(
+            f"essay file {path!r} is a folder; name one text file (.txt or .txt.xz)"
+        ) from error
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise TaskError(f"essay file {path!r} is not UTF-8 text or a sound .xz file") from error
     sentences = tuple(sentence for sentence in _SENTENCE_END.split(text) if sentence)
