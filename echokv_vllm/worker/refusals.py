@@ -12,9 +12,8 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-# Drafts that own no KV cache write no pages that would escape the stamps. Not ngram_gpu: vLLM then
-# schedules ahead of the drafts' verdict and bounds lengths as if all were accepted, but where a
-# prompt chunk ends must be known on the host (`compat.host_seq_lens`).
+# Drafts that own no KV cache write no pages that would escape the stamps. Not ngram_gpu, which is
+# for scheduling ahead of the drafts' verdict: see `_check_drafts`.
 _SERVED_DRAFTS = ("ngram", "suffix")
 # Its loader does not tell attention layers that the weights are there.
 _UNSERVED_LOAD_FORMAT = "tensorizer"
@@ -45,13 +44,7 @@ def check_vllm_config(vllm_config: Any) -> None:
             f"the model family {', '.join(architectures) or 'without a name'}",
             f"Serve one of {', '.join(SUPPORTED_ARCHITECTURES)}",
         )
-    speculative = vllm_config.speculative_config
-    method = None if speculative is None else speculative.method
-    if method is not None and method not in _SERVED_DRAFTS:
-        _refuse(
-            f"speculative decoding with a draft model or on the GPU (method {method!r})",
-            f"Use one of {', '.join(_SERVED_DRAFTS)}",
-        )
+    _check_drafts(vllm_config)
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         _refuse(f"KV connectors ({connector})", "Leave --kv-transfer-config out")
@@ -74,6 +67,25 @@ def _has_rust_frontend() -> bool:
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
+
+
+def _check_drafts(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is None:
+        return
+    method = vllm_config.speculative_config.method
+    if method not in _SERVED_DRAFTS:
+        _refuse(
+            f"speculative decoding with a draft model or on the GPU (method {method!r})",
+            f"Use one of {', '.join(_SERVED_DRAFTS)}",
+        )
+    if vllm_config.scheduler_config.async_scheduling:
+        # vLLM then bounds lengths as if all drafts were accepted, but where a prompt chunk ends
+        # must be known on the host (`compat.host_seq_lens`). 0.31 and 0.32 turn it off for the
+        # methods served; 0.33 with Model Runner V2 leaves it on for ngram.
+        _refuse(
+            f"asynchronous scheduling together with speculative decoding (method {method!r})",
+            "Add --no-async-scheduling",
+        )
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -30,6 +30,7 @@ def vllm_config(
         ),
         load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
+        scheduler_config=SimpleNamespace(async_scheduling=True),
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
@@ -59,6 +60,10 @@ CONFIG_ROWS = {
     "drafts whose verdict comes later": (
         dict(speculative_config=SimpleNamespace(method="ngram_gpu")),
         ["on the GPU (method 'ngram_gpu')", "Use one of ngram, suffix"],
+    ),
+    "drafts scheduled ahead of their verdict, vLLM 0.33's default": (
+        dict(speculative_config=SimpleNamespace(method="ngram")),
+        ["asynchronous scheduling together", "(method 'ngram')", "Add --no-async-scheduling"],
     ),
     "KV connector": (
         dict(kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector")),
@@ -101,7 +106,10 @@ def test_configuration(row):
     [
         {},
         dict(architectures=["Qwen3ForCausalLM"]),
-        dict(speculative_config=SimpleNamespace(method="ngram")),
+        dict(
+            speculative_config=SimpleNamespace(method="ngram"),
+            scheduler_config=SimpleNamespace(async_scheduling=False),
+        ),
         dict(parallel_config=SimpleNamespace()),
         dict(load_config=SimpleNamespace(load_format="runai_streamer")),
     ],
