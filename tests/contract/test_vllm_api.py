@@ -239,7 +239,13 @@ def test_constructors_take_what_vllm_passes():
 
 
 def test_configuration_has_the_fields_the_start_up_checks_read():
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import (
+        ModelConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        SpeculativeConfig,
+        VllmConfig,
+    )
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
     def fields(kind: Any) -> set[str]:
@@ -253,6 +259,7 @@ def test_configuration_has_the_fields_the_start_up_checks_read():
     )
     assert {"speculative_config", "kv_transfer_config", "additional_config"} <= fields(VllmConfig)
     assert "method" in fields(SpeculativeConfig)
+    assert "async_scheduling" in fields(SchedulerConfig)
     assert {"use_mla", "use_sparse"} <= set(AttentionSelectorConfig._fields)
 
 
