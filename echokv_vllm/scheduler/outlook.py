@@ -11,7 +11,7 @@ form: pages that pressure may drop are free.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
@@ -34,28 +34,41 @@ MAX_MOMENTS = 256  # that a forecast looks at; more cost time
 
 
 class OutputLengths:
-    """Output lengths of the last finished requests, in tokens."""
+    """Output lengths of the last finished requests, in tokens.
+
+    An output that ended at its bound says that others with no higher bound may reach theirs, and
+    nothing of those that may become longer.
+    """
 
     def __init__(self) -> None:
-        self._recent: deque[int] = deque()
-        self._sorted: list[int] = []
-        self._sums: list[int] = [0]  # of the first i sorted lengths
+        self._recent: deque[tuple[int, bool]] = deque()
+        self._ended: list[int] = []  # sorted
+        self._capped: list[int] = []  # sorted
+        self._sums: list[int] = [0]  # of the first i in _ended
 
-    def add(self, length: int) -> None:
-        """Notes the output of a request that ended by itself."""
+    def add(self, length: int, is_capped: bool = False) -> None:
+        """Notes the output of a request that ended by itself, or at its bound."""
         if len(self._recent) == NUM_REMEMBERED:
-            self._sorted.remove(self._recent.popleft())
-        self._recent.append(length)
-        insort(self._sorted, length)
-        self._sums = [0, *accumulate(self._sorted)]
+            oldest, was_capped = self._recent.popleft()
+            (self._capped if was_capped else self._ended).remove(oldest)
+        self._recent.append((length, is_capped))
+        insort(self._capped if is_capped else self._ended, length)
+        self._sums = [0, *accumulate(self._ended)]
 
-    def expected_rest(self, num_generated: int) -> float | None:
-        """Mean tokens to come of a request that has generated some; None where nobody knows."""
-        first = bisect_right(self._sorted, num_generated)
-        num_longer = len(self._sorted) - first
-        if len(self._sorted) < MIN_REMEMBERED or not num_longer:
+    def expected_rest(self, num_generated: int, bound: int) -> float | None:
+        """Mean tokens to come of a request that has generated some; None where nobody knows.
+
+        Args:
+            num_generated: Tokens it has generated.
+            bound: Tokens it may generate in all.
+        """
+        first = bisect_right(self._ended, num_generated)
+        num_longer = len(self._ended) - first
+        num_capped = len(self._capped) - bisect_left(self._capped, bound)
+        known = num_longer + num_capped
+        if len(self._ended) + num_capped < MIN_REMEMBERED or not known:
             return None
-        return (self._sums[-1] - self._sums[first]) / num_longer - num_generated
+        return (self._sums[-1] - self._sums[first] + num_capped * bound) / known - num_generated
 
 
 class Growth(NamedTuple):
@@ -200,18 +213,18 @@ class Outlook:
         """Remembers the output of a request that leaves, unless it was cut off."""
         self._refused = ""
         request = self.manager.link.find_request(request_id)
-        if request is not None and request.status in (
-            RequestStatus.FINISHED_STOPPED,
-            RequestStatus.FINISHED_LENGTH_CAPPED,
-        ):
-            self.lengths.add(request.num_output_tokens)
+        if request is None:
+            return
+        is_capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+        if is_capped or request.status == RequestStatus.FINISHED_STOPPED:
+            self.lengths.add(request.num_output_tokens, is_capped)
 
     def _rest(self, request: Any) -> int:
         num_generated = request.num_output_tokens
         bound = request.max_tokens - num_generated
         # Where the client names no bound, vLLM's is what the model's context leaves.
         room = self.manager.link.max_model_len - request.num_tokens
-        expected = self.lengths.expected_rest(num_generated)
+        expected = self.lengths.expected_rest(num_generated, num_generated + min(bound, room))
         if expected is None:
             expected = bound if bound < room else num_generated
         return max(0, math.ceil(min(expected, bound, room)))

@@ -75,7 +75,7 @@ def test_the_rest_is_the_mean_over_longer_outputs(finished: list[int], generated
     for length in finished:
         lengths.add(length)
     longer = [length for length in finished if length > generated]
-    expected = lengths.expected_rest(generated)
+    expected = lengths.expected_rest(generated, UNNAMED)
     if len(finished) < MIN_REMEMBERED or not longer:
         assert expected is None
     else:
@@ -86,8 +86,21 @@ def test_old_outputs_are_forgotten() -> None:
     lengths = OutputLengths()
     for length in [1000] * NUM_REMEMBERED + [10] * NUM_REMEMBERED:
         lengths.add(length)
-    assert lengths.expected_rest(0) == 10
-    assert lengths.expected_rest(10) is None
+    assert lengths.expected_rest(0, UNNAMED) == 10
+    assert lengths.expected_rest(10, UNNAMED) is None
+
+
+def test_outputs_that_ended_at_their_bound_speak_of_no_higher_one() -> None:
+    """Short answers to a few questions, say, before a burst of long ones."""
+    lengths = OutputLengths()
+    for _ in range(NUM_REMEMBERED):
+        lengths.add(12, is_capped=True)
+    assert lengths.expected_rest(0, 96) is None
+    assert lengths.expected_rest(4, 12) == 8 and lengths.expected_rest(0, 6) == 6
+    for _ in range(NUM_REMEMBERED // 2):
+        lengths.add(20)
+    assert lengths.expected_rest(0, 96) == 20
+    assert lengths.expected_rest(0, 12) == 16  # half of them ended later, half at such a bound
 
 
 # Admission ----------------------------------------------------------------------------------
@@ -150,7 +163,7 @@ def test_outputs_that_were_cut_off_are_not_remembered() -> None:
             world.abort(request)
     world.run()
     lengths = world.residual.outlook.lengths
-    assert lengths.expected_rest(0) == 4  # World ends a request instead of its last token
+    assert lengths.expected_rest(0, 4) == 4  # World ends a request instead of its last token
     assert len(lengths._recent) == MIN_REMEMBERED
 
 
