@@ -224,10 +224,13 @@ class Outlook:
         bound = request.max_tokens - num_generated
         # Where the client names no bound, vLLM's is what the model's context leaves.
         room = self.manager.link.max_model_len - request.num_tokens
-        expected = self.lengths.expected_rest(num_generated, num_generated + min(bound, room))
+        most = min(bound, room)
+        if _never_ends_itself(request.sampling_params):
+            return max(0, most)
+        expected = self.lengths.expected_rest(num_generated, num_generated + most)
         if expected is None:
             expected = bound if bound < room else num_generated
-        return max(0, math.ceil(min(expected, bound, room)))
+        return max(0, math.ceil(min(expected, most)))
 
     def _growths(self, request: Any, ledger: RequestLedger) -> list[Growth]:
         manager = self.manager
@@ -245,6 +248,10 @@ class Outlook:
                 own += min(num_residual, 1 + self.window_pages)  # 1: the sink page
             growths.append(Growth(rest, request.num_tokens, size, lacking, own))
         return growths
+
+
+def _never_ends_itself(params: Any) -> bool:
+    return params is not None and params.ignore_eos and not (params.stop or params.stop_token_ids)
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

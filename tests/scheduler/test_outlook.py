@@ -167,6 +167,20 @@ def test_outputs_that_were_cut_off_are_not_remembered() -> None:
     assert len(lengths._recent) == MIN_REMEMBERED
 
 
+@pytest.mark.parametrize(("ignore_eos", "num_running"), [(True, 3), (False, 6)])
+def test_a_request_that_cannot_end_by_itself_reaches_its_bound(
+    ignore_eos: bool, num_running: int
+) -> None:
+    """Whatever others did: three of ten have room for 60 tokens more, six for five."""
+    world = burst(True)
+    for request in world.waiting:
+        request.sampling_params.ignore_eos = ignore_eos
+    for _ in range(MIN_REMEMBERED):
+        world.residual.outlook.lengths.add(5)
+    world.step()
+    assert len(world.running) == num_running
+
+
 def test_a_request_that_is_alone_starts_whatever_it_may_become() -> None:
     world = World(31, settings(), budget=200)
     world.add("a", prompt(60), max_tokens=2000)
