@@ -44,6 +44,7 @@ HOOKS = (
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.request:Request.num_output_tokens",
     "vllm.v1.request:RequestStatus.FINISHED_LENGTH_CAPPED",
+    "vllm.v1.request:RequestStatus.WAITING",
     "vllm.v1.request:RequestStatus.WAITING_FOR_STREAMING_REQ",
     "vllm.exceptions:VLLMClientError",
     "vllm.forward_context:get_forward_context",

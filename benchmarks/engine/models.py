@@ -29,7 +29,7 @@ LLAMA_8B: dict[str, Any] = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
-# Llama-3.1-70B, as wide for a rank of four as the 8B model but for the KV heads: two each.
+# Llama-3.1-70B; of four tensor-parallel ranks, each has 16 query heads and two KV heads.
 LLAMA_70B: dict[str, Any] = dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
     num_key_value_heads=8, head_dim=128,
