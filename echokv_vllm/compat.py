@@ -166,6 +166,52 @@ def patch_lookup() -> None:
     KVCacheManager.get_computed_blocks = get_computed_blocks
 
 
+def patch_allocation() -> None:
+    """Symptom: with hundreds of requests, scheduling takes longer than the GPU's step. Cause: vLLM
+    asks every group of every request in every step, and EchoKV has two. Remove when vLLM asks
+    only about requests that need pages."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from echokv_vllm.scheduler.link import find_link
+    from echokv_vllm.scheduler.shortcut import needs_nothing, publishes
+
+    if is_patched(KVCacheManager, "allocate_slots"):
+        return
+    allocate, cache = KVCacheManager.allocate_slots, KVCacheManager.cache_blocks
+
+    @functools.wraps(allocate)
+    def allocate_slots(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        *args: Any,
+        num_lookahead_tokens: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        # Requests that run come without further arguments.
+        link = None if args or kwargs else find_link(self.block_pool)
+        manager = None if link is None else link.residual
+        if manager is not None and needs_nothing(
+            manager, request, num_new_tokens, num_lookahead_tokens, self.max_model_len
+        ):
+            return self.empty_kv_cache_blocks
+        return allocate(
+            self, request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens,
+            **kwargs,
+        )  # fmt: skip
+
+    @functools.wraps(cache)
+    def cache_blocks(self: Any, request: Any, num_computed_tokens: int) -> None:
+        link = find_link(self.block_pool)
+        manager = None if link is None else link.residual
+        if manager is None or publishes(manager, request, num_computed_tokens):
+            cache(self, request, num_computed_tokens)
+
+    allocate_slots._echokv = True  # type: ignore[attr-defined]
+    KVCacheManager.allocate_slots = allocate_slots
+    KVCacheManager.cache_blocks = cache_blocks
+
+
 def patch_schedule() -> None:
     """Symptom: workers learn on the device only which requests are compressed. Cause: KV cache
     managers, which know before, have no field in the scheduler's output. Remove when they do."""

@@ -28,6 +28,7 @@ def register() -> None:
     if not missing:
         compat.patch_scheduler()
         compat.patch_lookup()
+        compat.patch_allocation()
         if not hooks.missing_hooks(hooks.STEP_HOOKS):
             compat.patch_schedule()
         compat.patch_input_processor()

@@ -63,7 +63,7 @@ class PressureValve:
     def num_droppable(self, request_id: str, ledger: RequestLedger) -> int:
         """Pages between the sink page and the recent window, gaps counted."""
         num_pages = len(self.manager.req_to_blocks.get(request_id, ()))
-        return max(0, min(self._window_start(ledger), num_pages) - ledger.next_drop)
+        return max(0, min(self._window_start(ledger.num_committed), num_pages) - ledger.next_drop)
 
     def drop_left_window(self, request_id: str, ledger: RequestLedger) -> None:
         """Drops what left the recent window of a compressed request.
@@ -88,11 +88,15 @@ class PressureValve:
                 ledger.mode = FULL
                 self.manager.counters.restored += 1
 
-    def _window_start(self, ledger: RequestLedger) -> int:
+    def has_left_window(self, ledger: RequestLedger, num_pages: int, num_committed: int) -> bool:
+        """Whether a compressed request would drop pages, had it so many committed tokens."""
+        return ledger.next_drop < min(self._window_start(num_committed), num_pages)
+
+    def _window_start(self, num_committed: int) -> int:
         # Only pages whose tokens are all committed: the worker keeps its stale table
         # entry, so nothing may ever be written through it again.
         settings = self.manager.settings
-        return max(0, ledger.num_committed - settings.recent_tokens) // self.manager.block_size
+        return max(0, num_committed - settings.recent_tokens) // self.manager.block_size
 
     def _drop_oldest(
         self,
@@ -142,7 +146,7 @@ class PressureValve:
         """
         manager = self.manager
         blocks = manager.req_to_blocks.get(request_id, [])
-        end = min(self._window_start(ledger), len(blocks))
+        end = min(self._window_start(ledger.num_committed), len(blocks))
         taken: list[Any] = []
         num_freed = 0
         while ledger.next_drop < end and len(taken) != max_pages and num_freed != max_freed:

@@ -40,6 +40,8 @@ def patched_functions() -> dict[str, Any]:
         "get_attn_backend_cls": CpuPlatform.get_attn_backend_cls.__func__,
         "add_request": Scheduler.add_request,
         "get_computed_blocks": KVCacheManager.get_computed_blocks,
+        "allocate_slots": KVCacheManager.allocate_slots,
+        "cache_blocks": KVCacheManager.cache_blocks,
         "process_inputs": InputProcessor.process_inputs,
         "__init__": InputProcessor.__init__,
     }
@@ -76,6 +78,8 @@ def test_the_selected_backend_is_recognised(name, ours):
         ("get_attn_backend_cls", ["cls", "selected_backend", "attn_selector_config"]),
         ("add_request", ["self", "request"]),
         ("get_computed_blocks", ["self", "request"]),
+        ("allocate_slots", ["self", "request", "num_new_tokens"]),
+        ("cache_blocks", ["self", "request", "num_computed_tokens"]),
         ("process_inputs", ["self", "request_id", "prompt", "params"]),
         ("__init__", ["self", "vllm_config"]),
     ],

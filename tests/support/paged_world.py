@@ -24,6 +24,7 @@ from echokv_vllm.scheduler.link import find_link
 
 init_none_hash(sha256)
 compat.patch_lookup()
+compat.patch_allocation()
 
 
 def _next_token(names: list[int]) -> int:
@@ -92,6 +93,7 @@ class World:
         coordinator.get_num_blocks_to_allocate = counted
 
     def _allocate(self, request: Request, count: int, **kwargs: Any) -> Any:
+        self._predicted = (0, self.pool.get_num_free_blocks())  # if the managers are not asked
         blocks = self.manager.allocate_slots(request, count, **kwargs)
         if blocks is not None:
             need, num_free = self._predicted
