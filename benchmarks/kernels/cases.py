@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
+from echokv_kernels.gpu.decode import (
+    DecodeBatch,
+    attend_context,
+    attend_exact,
+    combine,
+    reduce_context,
+)
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DecodeTiles, num_programs
 from echokv_kernels.gpu.rotation import RotationTable
@@ -280,11 +286,14 @@ class EchoedDecode:
         self.rotation = RotationTable.build(
             Rotary(inverse.to(torch.float32), HEAD_DIM), self.case.context_len
         )
-        self.exact_cache = randn(n * (self.exact_len // 16) + 1, 16, heads.num_echoed, 2 * HEAD_DIM)
-        self.exact_table = random_table(n, self.exact_len // 16)
-        self.side = torch.cuda.Stream()
-        self.flash: FlashDecode | None = None
-        self.flash_out = torch.empty(n, rows, HEAD_DIM, dtype=DTYPE, device="cuda")
+        pages = self.exact_len // self.residual_block_size
+        self.exact_cache = randn(
+            n * pages + 1, heads.num_echoed, self.residual_block_size, 2 * HEAD_DIM
+        )
+        per_request, per_part = self.plan.row_strides
+        exact_rows = self.plan.tables[per_part:][: n * per_request : per_request]
+        exact_rows[:, :pages] = random_table(n, pages)
+        self.echoed_queries = heads.row_query[:rows].contiguous()
 
     @property
     def num_bytes(self) -> int:
@@ -292,48 +301,33 @@ class EchoedDecode:
         return self.case.num_reqs * self.case.context_len * self.heads[0].maps.width * 2 * 2
 
     def run(self, heads: EchoedHeads) -> None:
-        self.run_context(heads)
-        self.run_combine(heads)
-
-    def run_context(self, heads: EchoedHeads) -> None:
-        attend_context(
-            self.query, heads, self.batch, self.scratch, self.shape, self.tiles, self.rotation,
-            SCALE,
-        )  # fmt: skip
-
-    def run_combine(self, heads: EchoedHeads) -> None:
+        self._context(heads)
+        reduce_context(heads, self.batch, self.scratch)
         combine(
             self.output, self.query, self.key, self.value, self.exact_out, self.exact_lse, heads,
             self.batch, self.scratch, SCALE,
         )  # fmt: skip
 
-    def run_exact(self) -> None:
-        """Stock attention over sinks and recent tokens."""
-        if self.flash is None:  # not before it is needed: vLLM takes seconds to import
-            heads = self.heads[0].num_echoed
-            self.flash = FlashDecode(self.batch.exact_lens, heads, self.exact_len)
-        self.flash(
-            self.query[:, : self.flash_out.shape[1]].contiguous(),
-            self.exact_cache[..., :HEAD_DIM],
-            self.exact_cache[..., HEAD_DIM:],
-            self.exact_table,
-            self.flash_out,
-        )
+    def run_whole(self, heads: EchoedHeads) -> None:
+        """With the exact pages, as a layer of a step runs whose requests are all compressed."""
+        self._context(heads)
+        exact = attend_exact(self.query, self.echoed_queries, self.exact_cache, self.batch, SCALE)
+        reduce_context(heads, self.batch, self.scratch)
+        combine(
+            self.output, self.query, self.key, self.value, *exact, heads, self.batch, self.scratch,
+            SCALE, chained=True,
+        )  # fmt: skip
+
+    def _context(self, heads: EchoedHeads) -> None:
+        attend_context(
+            self.query, heads, self.batch, self.scratch, self.shape, self.tiles, self.rotation,
+            SCALE,
+        )  # fmt: skip
 
     def calls(self) -> list[Callable[[], None]]:
         """Echoed decode alone, one call per layer."""
         return [lambda heads=heads: self.run(heads) for heads in self.heads]
 
     def whole_calls(self) -> list[Callable[[], None]]:
-        """With the exact part beside it, as a layer runs it in a graph."""
-
-        def whole(heads: EchoedHeads) -> None:
-            main = torch.cuda.current_stream()
-            self.side.wait_stream(main)
-            with torch.cuda.stream(self.side):
-                self.run_context(heads)
-            self.run_exact()
-            main.wait_stream(self.side)
-            self.run_combine(heads)
-
-        return [lambda heads=heads: whole(heads) for heads in self.heads]
+        """With the exact pages."""
+        return [lambda heads=heads: self.run_whole(heads) for heads in self.heads]

@@ -62,7 +62,13 @@ def compile_instead_of_launching(
 
 def launch(case: dict[str, Any]) -> None:
     """One step of echoed decode over an empty cache of the case's shape."""
-    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, attend_exact, combine
+    from echokv_kernels.gpu.decode import (
+        DecodeBatch,
+        attend_context,
+        attend_exact,
+        combine,
+        reduce_context,
+    )
     from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
     from echokv_kernels.gpu.rotation import RotationTable
@@ -120,8 +126,9 @@ def launch(case: dict[str, Any]) -> None:
     residual = torch.zeros(
         2, len(discarded), sizes.residual, 2 * head_dim, dtype=torch.bfloat16
     )  # fmt: skip
-    exact_out, exact_lse = attend_exact(query, rows, residual, batch, head_dim**-0.5)
     attend_context(query, echoed, batch, scratch, shape, DECODE, rotation, head_dim**-0.5)
+    exact_out, exact_lse = attend_exact(query, rows, residual, batch, head_dim**-0.5)
+    reduce_context(echoed, batch, scratch)
     combine(
         torch.zeros_like(query), query, key, key, exact_out, exact_lse, echoed,
         batch, scratch, head_dim**-0.5,

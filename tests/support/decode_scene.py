@@ -90,7 +90,13 @@ class Scene:
 
     def prepare(self):
         """Two launches, context and combine, and the output: poison where they write nothing."""
-        from echokv_kernels.gpu.decode import DecodeBatch, attend_context, attend_exact, combine
+        from echokv_kernels.gpu.decode import (
+            DecodeBatch,
+            attend_context,
+            attend_exact,
+            combine,
+            reduce_context,
+        )
         from echokv_kernels.gpu.heads import EchoedHeads
         from echokv_kernels.gpu.launch import DecodeTiles
         from echokv_kernels.gpu.rotation import RotationTable
@@ -152,7 +158,7 @@ class Scene:
         )
         exact_out, exact_lse = self.exact_parts(exact_out, exact_lse)
         rotation = RotationTable.build(self.rotary.to(device), batch.max_len)
-        # What begins a chain; what it finds is not used.
+        # A link of a chain; what it finds is not used.
         exact_rows = self.rows(self.echoed).to(device, torch.int32)
         exact_pages = torch.zeros(
             1, len(self.echoed), self.residual_block_size, 2 * batch.head_dim,
@@ -160,12 +166,10 @@ class Scene:
         )  # fmt: skip
 
         def context(chained=False):
+            attend_context(query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale)
             if chained:
                 attend_exact(query, exact_rows, exact_pages, decode_batch, batch.scale)
-            attend_context(
-                query, heads, decode_batch, scratch, shape, tiles, rotation, batch.scale,
-                chained=chained,
-            )  # fmt: skip
+            reduce_context(heads, decode_batch, scratch)
 
         def finish(chained=False):
             combine(

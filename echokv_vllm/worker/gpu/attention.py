@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from echokv_kernels.gpu.decode import attend_context, attend_exact, combine
+from echokv_kernels.gpu.decode import attend_context, attend_exact, combine, reduce_context
 from echokv_kernels.gpu.heads import EchoedHeads
 from echokv_kernels.gpu.launch import DECODE
 from echokv_kernels.gpu.store import VARIANT_LENS, place_heads, store_pages
@@ -192,23 +192,49 @@ class GpuAttention:
         output: torch.Tensor,
     ) -> None:
         echoed = self.echoed if step.kind is not StepKind.FULL else []
-        exact_lse: torch.Tensor | None
         if echoed and step.kind is StepKind.COMPRESSED:
-            exact_out, exact_lse = self._attend_exact(query, kv_cache, residual_cache, step, output)
-            # Kernels that begin early rely on what begins this one chain.
-            branch, chained = None, len(echoed) == 1
-        else:
-            branch, chained = self._branch_off(query, step, echoed), False
-            exact_out, exact_lse = self._attend_stock(query, kv_cache, residual_cache, step, output)
+            self._decode_compressed(query, key, value, kv_cache, residual_cache, step, output)
+            return
+        branch = self._branch_off(query, step, echoed)
+        exact_out, exact_lse = self._attend_stock(query, kv_cache, residual_cache, step, output)
         for heads in echoed:
             assert step.decodes is not None and exact_lse is not None
             if heads is not echoed[0] or branch is None:
-                self._attend_context(query, step, heads, chained=chained)
+                self._attend_context(query, step, heads)
+                reduce_context(heads, step.decodes, self.memory.scratch)
             else:
                 torch.cuda.current_stream().wait_stream(branch)
             combine(
                 output, query, key, value, exact_out, exact_lse, heads, step.decodes,
-                self.memory.scratch, self.scale, chained=chained,
+                self.memory.scratch, self.scale,
+            )  # fmt: skip
+
+    def _decode_compressed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        residual_cache: torch.Tensor | None,
+        step: GpuStep,
+        output: torch.Tensor,
+    ) -> None:
+        """Decodes that are all compressed: one chain, whose kernels begin before others end."""
+        assert step.decodes is not None and residual_cache is not None
+        scratch = self.memory.scratch
+        if self.num_retained_rows and not self.covers_retained:
+            self._retained_alone(query, kv_cache, step, output)
+        exact: tuple[torch.Tensor, torch.Tensor] | None = None
+        for heads in self.echoed:
+            self._attend_context(query, step, heads)
+            if exact is None:
+                exact = attend_exact(
+                    query, self.discarded_rows, residual_cache, step.decodes, self.scale
+                )
+            reduce_context(heads, step.decodes, scratch)
+            combine(
+                output, query, key, value, *exact, heads, step.decodes, scratch, self.scale,
+                chained=len(self.echoed) == 1,
             )  # fmt: skip
 
     def _branch_off(
@@ -224,8 +250,10 @@ class GpuAttention:
             return None
         branch = self.memory.branch
         branch.wait_stream(torch.cuda.current_stream())
+        assert step.decodes is not None
         with torch.cuda.stream(branch):
             self._attend_context(query, step, echoed[0])
+            reduce_context(echoed[0], step.decodes, self.memory.scratch)
         return branch
 
     def _attend_stock(
@@ -249,32 +277,22 @@ class GpuAttention:
             output[:n].index_copy_(1, self.row_order, out)
         return out[:, None, self.num_retained_rows :], None if lse is None else lse[:, None]
 
-    def _attend_exact(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        residual_cache: torch.Tensor | None,
-        step: GpuStep,
-        output: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same where all are compressed and stock attention has little left, or nothing."""
-        assert step.decodes is not None and residual_cache is not None
-        n, half = step.num_decodes, self.num_retained_rows
-        if half and not self.covers_retained:
-            rows = query[:n].index_select(1, self.row_order[:half])
-            out = torch.empty_like(rows)
-            self._attend_retained(rows, kv_cache, step, out)
-            output[:n].index_copy_(1, self.row_order[:half], out)
-        return attend_exact(query, self.discarded_rows, residual_cache, step.decodes, self.scale)
-
-    def _attend_context(
-        self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads, *, chained: bool = False
+    def _retained_alone(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, step: GpuStep, output: torch.Tensor
     ) -> None:
+        """Stock attention of the retained heads, where it has no others to attend to."""
+        n, order = step.num_decodes, self.row_order[: self.num_retained_rows]
+        rows = query[:n].index_select(1, order)
+        out = torch.empty_like(rows)
+        self._attend_retained(rows, kv_cache, step, out)
+        output[:n].index_copy_(1, order, out)
+
+    def _attend_context(self, query: torch.Tensor, step: GpuStep, heads: EchoedHeads) -> None:
         assert step.decodes is not None, "echokv: no decodes were planned"
         memory = self.memory
         attend_context(
             query, heads, step.decodes, memory.scratch, memory.shape, DECODE, memory.rotation,
-            self.scale, chained=chained,
+            self.scale,
         )  # fmt: skip
 
     def _attend_paired(

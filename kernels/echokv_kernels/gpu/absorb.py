@@ -299,14 +299,13 @@ def absorb_kernel(
     REQUESTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     TASK_COST: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Fills the lines; persistent programs.
 
     A task is LINES lines, of whichever requests, MEMBERS query heads of one KV head and some source
     heads. It turns the queries back, keeps them in shared memory, and takes the source heads' maps
-    in turn. AHEAD: the queries are complete when the kernel begins, whatever runs.
+    in turn.
     """
     ECHO_ROWS: tl.constexpr = NUM_ECHOED * GROUP
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
@@ -335,7 +334,7 @@ def absorb_kernel(
             REQUESTS,
         )  # fmt: skip
         cos, sin = cos_sin(coarse_ptr, fine_ptr, t0, pair, HEAD_DIM)
-        wait_for_previous(PDL and not AHEAD)
+        wait_for_previous(PDL)
         turned = turned_queries(
             query_ptr, stride_query_token, stride_query_head, row_query_ptr + first_row, token,
             cos, sin, real[:, None] & (pair < HEAD_DIM // 2)[None, :],

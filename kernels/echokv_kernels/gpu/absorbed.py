@@ -269,7 +269,6 @@ def absorbed_decode_kernel(
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
-    let_next_begin(PDL)
     if position >= share_end:
         wait_for_previous(PDL)
         return
@@ -294,7 +293,9 @@ def absorbed_decode_kernel(
         item_stop = tl.minimum(share_end - before, seq_len).to(tl.int32)
         maximum = tl.full([ROW_PAD], float("-inf"), tl.float32)
         total = tl.zeros([ROW_PAD], tl.float32)
+        # In this order: what follows finds everything older than this kernel complete.
         wait_for_previous(PDL)
+        let_next_begin(PDL)
         # A chunk begins where the item does if its absorbed queries are made ahead, so that the
         # share of a long request is one chunk and not two: each costs three pipelines' beginnings.
         ahead = made_ahead(request_line, item_stop, max_lines, ROTATION_BLOCK)

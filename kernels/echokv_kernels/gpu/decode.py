@@ -1,7 +1,8 @@
 """Launching echoed decode attention of one layer.
 
+    attend_context    absorbed queries, weighted features of every work item: scratch
     attend_exact      exact residual pages, where stock attention is not called
-    attend_context    absorbed queries, weighted features of every work item, their means: scratch
+    reduce_context    the items' means: scratch
     combine           value maps and exact parts, to the output
 
 Reference: `echokv_kernels.decode.absorbed_decode` for the echoed part, `softmax.merge_attention`
@@ -61,7 +62,6 @@ def _launch_absorb(
     scratch: DecodeScratch,
     shape: DecodeShape,
     rotation: RotationTable,
-    ahead: bool,
 ) -> None:
     """Fills the lines of absorbed queries; arguments as in `attend_context`."""
     maps = heads.maps
@@ -74,7 +74,6 @@ def _launch_absorb(
         REQUESTS=ABSORB.requests,
         MEMBERS=ABSORB.query_heads(heads.group, heads.dim_pad),
         TASK_COST=ABSORB.task_cost,
-        AHEAD=ahead,
         num_warps=ABSORB.num_warps,
         **overlap(query.device),
         **_rotation_constants(heads, shape, rotation),
@@ -182,10 +181,8 @@ def attend_context(
     tiles: DecodeTiles,
     rotation: RotationTable,
     scale: float,
-    *,
-    chained: bool = False,
 ) -> None:
-    """Attention of the group's rows to cached tokens, as parts in `scratch` for `combine`.
+    """Attention of the group's rows to cached tokens, as items in `scratch`.
 
     Echoed rows attend to rebuilt context, retained rows to the whole sequence, which must be stored
     already. Needs nothing of stock attention over exact pages and may run beside it. Capturable: no
@@ -200,18 +197,22 @@ def attend_context(
         tiles: tile numbers.
         rotation: angles of all positions.
         scale: factor of the scores.
-        chained: launched right behind `attend_exact` in the same stream.
     """
     if shape.rotation_block == 1:
         launch_unrotated(query, heads, batch, scratch, shape, rotation, scale * _LOG2_E)
     else:
-        _launch_absorb(query, heads, batch, scratch, shape, rotation, ahead=chained)
+        _launch_absorb(query, heads, batch, scratch, shape, rotation)
         _launch_absorbed(query, heads, batch, scratch, shape, tiles, rotation, scale * _LOG2_E)
-    _launch_reduce(heads, batch, scratch)
 
 
-def _launch_reduce(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
-    """Fills `scratch.mean` and `lse` from the items."""
+def reduce_context(heads: EchoedHeads, batch: DecodeBatch, scratch: DecodeScratch) -> None:
+    """Means of each request's items, in `scratch` for `combine`. Capturable.
+
+    Args:
+        heads: the echo group.
+        batch: the step.
+        scratch: what `attend_context` left there.
+    """
     maps = heads.maps
     items, columns = REDUCE.tile(batch.num_reqs, heads.group_pad, maps.head_dim)
     size = mean_size(heads)
@@ -240,6 +241,8 @@ def attend_exact(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the exact residual pages of the batch's requests, as `combine` takes it.
+
+    Behind `attend_context` in the same stream it costs least: it begins while that ends.
 
     Args:
         query: [T, query heads, head_dim], last axis contiguous.
@@ -305,9 +308,9 @@ def combine(
         exact_lse: [n, parts, rows] float32, their log-sum-exp.
         heads: the echo group.
         batch: the step.
-        scratch: what `attend_context` left there.
+        scratch: what `reduce_context` left there.
         scale: factor of the scores.
-        chained: launched right behind `attend_context` in the same stream, and that right behind
+        chained: launched right behind `reduce_context` in the same stream, and that right behind
             `attend_exact`, for the layer's only group.
     """
     maps, plan = heads.maps, batch.plan

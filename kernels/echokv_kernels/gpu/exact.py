@@ -4,6 +4,9 @@ Stock attention would split so few tokens over thread blocks that each fill a mu
 merge them in a second kernel. Here a program takes all exact tokens of one request and KV head, or
 where those are few, every PARTS-th tile of them: a request may hold many exact pages, and few
 programs could not read them fast. `combine` merges the parts with what else it merges.
+
+Launched behind echoed decode, whose programs fill the GPU but do not end at the same time: this
+kernel's begin where others have ended, and read what little they need meanwhile.
 """
 
 from __future__ import annotations
@@ -43,14 +46,12 @@ def exact_decode_kernel(
 ):
     """Grid: (n, heads, PARTS)."""
     LN_2: tl.constexpr = 0.6931471805599453
-    # In this order: what follows finds everything older than this kernel complete, and need not
-    # wait for more than this kernel.
-    wait_for_previous(PDL)
     let_next_begin(PDL)
     request, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     num_parts = tl.num_programs(2)
     num_tokens = tl.load(lens_ptr + request * stride_lens)
     if num_tokens == 0:
+        wait_for_previous(PDL)
         return
     member = tl.arange(0, ROWS)
     element = tl.arange(0, DIM_PAD)
@@ -63,6 +64,7 @@ def exact_decode_kernel(
     if part * BLOCK_T >= num_tokens:
         nothing = tl.full([ROWS], float("-inf"), tl.float32)
         tl.store(lse_ptr + out_row, nothing, mask=real)
+        wait_for_previous(PDL)
         return
     query_head = tl.load(row_query_ptr + row, mask=real, other=0).to(tl.int64)
     q_ptrs = query_ptr + request * stride_query_token + query_head * stride_query_head
@@ -92,3 +94,5 @@ def exact_decode_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask)
     lse = (maximum + tl.log2(seen)) * LN_2
     tl.store(lse_ptr + out_row, lse, mask=real)
+    # Nothing here needs echoed decode, but what follows does and waits for this kernel only.
+    wait_for_previous(PDL)

@@ -202,7 +202,6 @@ def fused_decode_kernel(
     F: tl.constexpr = NUM_SOURCES * HEAD_DIM
     program = tl.program_id(0)
     position, share_end = own_share(token_end_ptr, share_len_ptr, num_requests)
-    let_next_begin(PDL)
     if position >= share_end:
         wait_for_previous(PDL)
         return
@@ -246,7 +245,9 @@ def fused_decode_kernel(
         # Whole where all its absorbed queries are made ahead: every chunk starts a pipeline anew.
         ahead = made_ahead(request_line, item_stop, max_lines, ROTATION_BLOCK)
         step = tl.where(ahead, 1 << 30, CHUNK)
+        # In this order: what follows finds everything older than this kernel complete.
         wait_for_previous(PDL)
+        let_next_begin(PDL)
         for chunk in range(item_start // step, tl.cdiv(item_stop, step)):
             start = tl.maximum(item_start, chunk * step)
             stop = tl.minimum(item_stop, (chunk + 1) * step)

@@ -4,6 +4,13 @@ A kernel lets the next one begin as soon as all its programs have, and waits for
 before it touches what that wrote. Every program waits, those with nothing to do as well: otherwise
 a kernel could be complete before the one before it, and the next would not wait for that either.
 Both calls are harmless where the other kernel takes no part.
+
+A layer whose decodes are all compressed is one such chain:
+
+    store -> absorb -> decode -> exact -> reduce -> combine
+
+Storing begins when everything before it is complete, so queries may be read at once. Decode waits
+before it lets exact pages be read, which storing wrote.
 """
 
 from __future__ import annotations

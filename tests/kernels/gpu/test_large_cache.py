@@ -84,7 +84,7 @@ def rotation() -> object:
 
 
 def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch.Tensor:
-    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine
+    from echokv_kernels.gpu.decode import DecodeBatch, attend_context, combine, reduce_context
     from echokv_kernels.gpu.heads import EchoedHeads
     from echokv_kernels.gpu.launch import DECODE
     from echokv_kernels.gpu.scratch import DecodeScratch, DecodeShape
@@ -110,6 +110,7 @@ def decode(retained: torch.Tensor, table: torch.Tensor, maps: EchoMaps) -> torch
     scratch = DecodeScratch.allocate([heads], shape, n, 8, max(CONTEXTS))
     scale = HEAD_DIM**-0.5
     attend_context(query, heads, batch, scratch, shape, DECODE, rotation(), scale)
+    reduce_context(heads, batch, scratch)
     combine(
         output, query, key, value, query[:, None, : 2 * GROUP],
         torch.zeros(n, 1, 2 * GROUP, device=device), heads, batch, scratch, scale,
