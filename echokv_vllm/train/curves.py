@@ -64,7 +64,7 @@ class Curves:
         self.points: list[Point] = []
         self._path = None if file is None else Path(file)
         self._file: IO[str] | None = None
-        self._board = None if tensorboard is None else _summary_writer(tensorboard)
+        self._board = None if tensorboard is None else summary_writer(tensorboard)(tensorboard)
         if self._path is not None:
             self._open()
 
@@ -102,7 +102,12 @@ class Curves:
         self._file.flush()
 
 
-def _summary_writer(folder: str) -> Any:
+def summary_writer(folder: str) -> Any:
+    """TensorBoard's class of that name, which is to write to a folder.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -110,4 +115,4 @@ def _summary_writer(folder: str) -> Any:
             f"tensorboard={folder!r} needs the package tensorboard; install it (pip install "
             "tensorboard) or use curves, which writes a CSV file"
         ) from error
-    return SummaryWriter(folder)
+    return SummaryWriter

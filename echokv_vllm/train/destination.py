@@ -7,23 +7,26 @@ from pathlib import Path
 
 from echokv_vllm.checkpoint import check_destination
 from echokv_vllm.durable import try_folder
+from echokv_vllm.train.curves import summary_writer
 from echokv_vllm.train.options import TrainOptions
 from echokv_vllm.train.state import StateFile
 
 
 def prepare_destination(options: TrainOptions) -> tuple[Path, StateFile]:
-    """Check every path that the run writes to, and try to write beside the checkpoint folder.
+    """Check every path the run writes to and what writes there; try the checkpoint's folder.
 
     Returns:
         The checkpoint folder, symbolic links followed, and the file of the run's state.
 
     Raises:
         ValueError: If something would be lost: a checkpoint, other files, an unfinished run, or
-            the curves.
+            the curves. If TensorBoard is asked for and not installed.
         OSError: If the file system refuses.
     """
     out = check_destination(options.out, options.overwrite)
     _check_curves(options, out)
+    if options.tensorboard is not None:
+        summary_writer(options.tensorboard)
     state_file = StateFile(out)
     if not (options.resume or options.overwrite):
         state_file.check_absent()

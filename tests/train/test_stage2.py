@@ -352,6 +352,7 @@ def test_bad_options(options, tmp_path, changes, words):
 
 def test_tensorboard_must_be_installed(options, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("echokv_vllm.train.run.load_model", None)  # said before it is loaded
     with pytest.raises(ValueError, match=r"needs the package tensorboard"):
         train(dataclasses.replace(options, tensorboard=str(tmp_path / "board")))
     assert list(tmp_path.iterdir()) == []
