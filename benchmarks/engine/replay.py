@@ -86,7 +86,9 @@ class Result:
     pages_dropped: int = 0
 
 
-def make_scheduler(config: str, traffic: Traffic, model: Path) -> Scheduler:
+def make_scheduler(
+    config: str, traffic: Traffic, model: Path, kind: type[Scheduler] = Scheduler
+) -> Scheduler:
     """vLLM's scheduler over a pool of the traffic's size."""
     vllm_config = EngineArgs(
         model=str(model), max_model_len=traffic.max_model_len, max_num_seqs=traffic.max_num_seqs,
@@ -119,7 +121,7 @@ def make_scheduler(config: str, traffic: Traffic, model: Path) -> Scheduler:
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     pool = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     manager = StructuredOutputManager(vllm_config)
-    return Scheduler(vllm_config, pool, manager, block_size=PAGE, hash_block_size=PAGE)
+    return kind(vllm_config, pool, manager, block_size=PAGE, hash_block_size=PAGE)
 
 
 class Replay:
