@@ -23,10 +23,8 @@ def settings(**changes: Any) -> SchedulerSettings:
     return SchedulerSettings(**{**values, **changes})
 
 
-def kv_cache_manager(
-    num_blocks: int, echo: SchedulerSettings, caching: bool = True, max_model_len: int = 4096
-) -> KVCacheManager:
-    """vLLM's manager over an R and a D group, R first."""
+def pool_config(num_blocks: int, echo: SchedulerSettings) -> KVCacheConfig:
+    """A pool with an R and a D group, R first."""
     text = echo.to_json()
     common: dict[str, Any] = dict(
         num_kv_heads=2, head_size=8, dtype=torch.float32, echo_settings=text
@@ -36,8 +34,16 @@ def kv_cache_manager(
         KVCacheGroupSpec(["r"], EchoRetainedSpec(block_size=sizes[0], **common)),
         KVCacheGroupSpec(["d"], EchoResidualSpec(block_size=sizes[1], **common)),
     ]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def kv_cache_manager(
+    num_blocks: int, echo: SchedulerSettings, caching: bool = True, max_model_len: int = 4096
+) -> KVCacheManager:
+    """vLLM's manager over such a pool."""
+    sizes = (echo.retained_block_size, echo.residual_block_size)
     return KVCacheManager(
-        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        pool_config(num_blocks, echo),
         max_model_len=max_model_len,
         scheduler_block_size=math.lcm(*sizes),
         hash_block_size=math.gcd(*sizes),
