@@ -63,7 +63,7 @@ class PressureValve:
     def num_droppable(self, request_id: str, ledger: RequestLedger) -> int:
         """Pages between the sink page and the recent window, gaps counted."""
         num_pages = len(self.manager.req_to_blocks.get(request_id, ()))
-        return max(0, min(self._window_start(ledger.num_committed), num_pages) - ledger.next_drop)
+        return max(0, self._drop_end(ledger.num_committed, num_pages) - ledger.next_drop)
 
     def drop_left_window(self, request_id: str, ledger: RequestLedger) -> None:
         """Drops what left the recent window of a compressed request.
@@ -90,13 +90,15 @@ class PressureValve:
 
     def has_left_window(self, ledger: RequestLedger, num_pages: int, num_committed: int) -> bool:
         """Whether a compressed request would drop pages, had it so many committed tokens."""
-        return ledger.next_drop < min(self._window_start(num_committed), num_pages)
+        return ledger.next_drop < self._drop_end(num_committed, num_pages)
 
-    def _window_start(self, num_committed: int) -> int:
+    def _drop_end(self, num_committed: int, num_pages: int) -> int:
+        """Index behind the last of a request's pages that lies outside the recent window."""
         # Only pages whose tokens are all committed: the worker keeps its stale table
         # entry, so nothing may ever be written through it again.
         settings = self.manager.settings
-        return max(0, num_committed - settings.recent_tokens) // self.manager.block_size
+        window = max(0, num_committed - settings.recent_tokens) // self.manager.block_size
+        return min(window, num_pages)
 
     def _drop_oldest(
         self,
@@ -146,7 +148,7 @@ class PressureValve:
         """
         manager = self.manager
         blocks = manager.req_to_blocks.get(request_id, [])
-        end = min(self._window_start(ledger.num_committed), len(blocks))
+        end = self._drop_end(ledger.num_committed, len(blocks))
         taken: list[Any] = []
         num_freed = 0
         while ledger.next_drop < end and len(taken) != max_pages and num_freed != max_freed:

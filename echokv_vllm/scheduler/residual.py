@@ -156,7 +156,7 @@ class EchoResidualManager(SingleTypeKVCacheManager):
         reserve = self._reserve(request_id, running) if self.watermark_pages else 0
         asks_nothing = running and not reserve and not self.link.retained_need[1]
         if asks_nothing and self._covers(request_id, num_tokens):
-            return 0  # most decode steps
+            return 0  # something is to be published or dropped, or shortcut.py would have known
         ledger = self.ledger(request_id)
         hits = (list(new_computed_blocks), num_local_computed_tokens)
 

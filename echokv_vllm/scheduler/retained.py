@@ -15,10 +15,7 @@ from echokv_vllm.scheduler.link import link_of
 
 
 def fills_blocks(manager: Any, request_id: str, num_tokens: int) -> bool:
-    """Whether so many tokens fill a block that is not in the prefix cache; most steps fill none.
-
-    vLLM returns at once where they do not, but calls this for every request in every step.
-    """
+    """Whether so many tokens fill a block that is not in the prefix cache; most steps fill none."""
     num_cached = manager.num_cached_block.get(request_id, 0)
     return bool(num_tokens // manager.block_size > num_cached)
 
@@ -48,7 +45,7 @@ class EchoRetainedManager(FullAttentionManager):
         )
         link = self.link
         link.retained_need = (request_id, need)
-        # Asked for every request in every step; only newcomers have hits.
+        # Only newcomers have hits.
         link.retained_hits = (
             frozenset(block.block_id for block in new_computed_blocks)
             if new_computed_blocks
